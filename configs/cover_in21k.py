@@ -1,0 +1,13 @@
+"""CoVeR with a backbone pretrained on ImageNet-21k (tables 1 and 3), co-trained on Kinetics-400 + SSv2 + MiT + ImageNet.
+
+python -m vidjoint.main --config=configs/cover_in21k.py:high_res --config.data_root=/data --config.init_from=/checkpoints/vit_l16_in21k
+
+Hardware: the paper gives none; 20 epochs are 388,000 steps of 128 examples. Published top-1 (the size of the input is not said): K400 83.1, SSv2 64.2, MiT 41.3;
+with K600 84.5, 64.7, 41.5; with K700 74.9, 64.7, 41.5 (cover_in21k.py:high_res,k600 and ,k700).
+"""
+
+from configs.cover_base import cover
+
+
+def get_config(argument: str = "high_res"):
+    return cover(argument, init_from="checkpoints/vit_l16_in21k")

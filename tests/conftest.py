@@ -1,0 +1,24 @@
+"""Hostile settings for all tests: eight fake CPU devices, warnings as errors (pyproject.toml), and no network."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from absl import flags
+
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    jax.config.update("jax_num_cpu_devices", 8)
+flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags, which only a command's entry point parses
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """A folder of real videos and images that is not part of the project: VIDJOINT_SHARED_DATA, or ../shared/data beside the clone."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("VIDJOINT_SHARED_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"needs real videos: {folder} does not exist (set VIDJOINT_SHARED_DATA)")
+    return folder

@@ -1,0 +1,193 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models import oracles
+from vidjoint.config import base_config
+from vidjoint.models.build import PRESETS, Model, build, count_parameters
+from vidjoint.models.mixers import MIXERS
+from vidjoint.models.vit import DividedSpec, TokenShiftSpec, ViTSpec
+
+TINY = ViTSpec(width=24, depth=2, heads=3, mlp_dim=48, patch=8, frames=4, image_size=24)
+CLASSES = (("actions", 5), ("digits", 3))
+
+
+def tiny(**changes) -> Model:
+    return Model(dataclasses.replace(TINY, **changes), CLASSES)
+
+
+def random_params(model: Model, seed: int = 0) -> dict:
+    """Every parameter random: zero-initialised branches would hide mistakes."""
+    leaves, tree = jax.tree.flatten(model.abstract())
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [rng.normal(scale=0.3, size=x.shape).astype(np.float32) for x in leaves])
+
+
+def clip(frames: int, height: int = 24, width: int = 24, batch: int = 2) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (batch, frames, height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_frame_wise_equals_its_definition(frames):
+    model = tiny(mixer="none")
+    params = random_params(model)
+    expected = oracles.frame_wise(clip(frames), oracles.numpy_tree(params), 3, 8)
+    np.testing.assert_allclose(model.features(params, clip(frames)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("image_temporal", ["affine", "skip"])
+@pytest.mark.parametrize("frames", [1, 4])
+def test_divided_attention_equals_its_definition(frames, image_temporal):
+    model = tiny(mixer="divided", frames=frames, divided=DividedSpec(image_temporal=image_temporal))
+    params = random_params(model)
+    expected = oracles.divided(clip(frames), oracles.numpy_tree(params), 3, 8, skip_images=image_temporal == "skip")
+    np.testing.assert_allclose(model.features(params, clip(frames)), expected, atol=1e-5)
+
+
+def test_divided_attention_on_an_image_is_an_affine_map():
+    """CoVeR, appendix A: over one frame the softmax is 1, so queries and keys of the temporal attention don't matter."""
+    model = tiny(mixer="divided")
+    params = random_params(model)
+    other = jax.tree.map(np.copy, params)
+    for block in other["blocks"].values():
+        block["mixer"]["temporal_attn"]["qkv"]["kernel"][:, :48] += 1.0
+    np.testing.assert_allclose(model.features(params, clip(1)), model.features(other, clip(1)), atol=1e-6)
+    assert np.abs(model.features(params, clip(4)) - model.features(other, clip(4))).max() > 1e-3
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_joint_attention_equals_its_definition(frames):
+    model = tiny(mixer="joint", frames=frames)
+    params = random_params(model)
+    np.testing.assert_allclose(model.features(params, clip(frames)), oracles.joint(clip(frames), oracles.numpy_tree(params), 3, 8), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", ["class", "all"])
+@pytest.mark.parametrize("direction", ["next_first", "previous_first"])
+@pytest.mark.parametrize(("fraction", "fold"), [(1 / 8, 3), (1 / 4, 6)])
+def test_token_shift_equals_its_definition(tokens, direction, fraction, fold):
+    model = tiny(mixer="token_shift", token_shift=TokenShiftSpec(tokens, fraction, direction))
+    params = random_params(model)
+    for frames in (1, 4):
+        expected = oracles.token_shift(clip(frames), oracles.numpy_tree(params), 3, 8, fold, tokens, direction == "next_first")
+        np.testing.assert_allclose(model.features(params, clip(frames)), expected, atol=1e-5)
+
+
+def test_fresh_divided_model_is_the_image_vit_with_its_class_attention_averaged_over_frames():
+    """With the temporal branch at zero only the average of the class token's residual ties the frames together (TimeSformer)."""
+    model = tiny(mixer="divided")
+    params = model.init(jax.random.key(0))
+    fresh = oracles.numpy_tree(params)
+    assert not any(np.any(fresh["blocks"][i]["mixer"]["temporal_fc"][name]) for i in ("0", "1") for name in ("kernel", "bias"))
+    assert not np.any(fresh["embed"]["time"])
+    pixels = clip(4)
+    patches, token = oracles.embed(pixels, fresh["embed"], 8)
+    x = np.concatenate([np.broadcast_to(token, (2, 4, 1, 24)), patches], axis=2)
+    for block in oracles.ordered(fresh["blocks"]):
+        residual = oracles.attention(oracles.layer_norm(x, block["norm1"]), block["attn"], 3)  # each frame by itself, as the image ViT
+        residual[:, :, 0] = residual[:, :, 0].mean(axis=1, keepdims=True)
+        x = x + residual
+        x = x + oracles.mlp(oracles.layer_norm(x, block["norm2"]), block["mlp"])
+    tokens = model.bind(params).tokens(pixels)
+    np.testing.assert_allclose(tokens, oracles.layer_norm(x, fresh["norm"]), atol=1e-5)
+    np.testing.assert_array_equal(tokens[:, 0, 0], tokens[:, 3, 0])  # one class token per video
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_order_of_frames_matters_to_mixers_only(mixer):
+    model = tiny(mixer=mixer, token_shift=TokenShiftSpec("all", 0.25))
+    params = random_params(model)
+    forward, backward = (model.features(params, pixels) for pixels in (clip(4), clip(4)[:, ::-1]))
+    difference = np.abs(forward - backward).max()
+    assert difference < 1e-5 if mixer == "none" else difference > 1e-3
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(("frames", "height", "width"), [(1, 24, 24), (7, 24, 24), (3, 16, 40)])
+def test_any_number_of_frames_and_any_size(mixer, frames, height, width):
+    model = tiny(mixer=mixer)
+    logits = model.logits(model.init(jax.random.key(0)), clip(frames, height, width))
+    assert {task: x.shape for task, x in logits.items()} == {"actions": (2, 5), "digits": (2, 3)}
+    assert all(np.isfinite(x).all() for x in logits.values())
+
+
+def test_sizes_that_the_patch_does_not_divide_are_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="20 x 24"):
+        model.logits(model.init(jax.random.key(0)), clip(1, 20, 24))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_without_a_class_token_patches_are_averaged(mixer):
+    model = tiny(mixer=mixer, class_token=False, pool="average", token_shift=TokenShiftSpec("all"))
+    params = random_params(model)
+    tokens = model.bind(params).tokens(clip(4))
+    assert tokens.shape == (2, 4, 9, 24)
+    np.testing.assert_allclose(model.features(params, clip(4)), tokens.mean(axis=(1, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_remat_changes_nothing_but_memory(mixer):
+    def loss(params, model):
+        return sum((x**2).sum() for x in model.logits(params, clip(4), jax.random.key(0)).values())
+
+    model = tiny(mixer=mixer, drop_path=0.3)
+    params = random_params(model)
+    plain = jax.value_and_grad(loss)(params, model)
+    again = jax.value_and_grad(loss)(params, tiny(mixer=mixer, drop_path=0.3, remat="block"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, again)
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda p: loss(p, tiny(mixer=mixer, remat="block"))))(params))
+    assert "checkpoint" in jaxpr or "remat" in jaxpr
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+    model, exact = tiny(mixer="divided", dtype="bfloat16"), tiny(mixer="divided")
+    params = model.init(jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert model.bind(params).tokens(clip(4)).dtype == jnp.bfloat16
+    logits, expected = model.logits(params, clip(4)), exact.logits(params, clip(4))
+    assert logits["actions"].dtype == jnp.float32
+    np.testing.assert_allclose(logits["actions"], expected["actions"], atol=0.02)
+
+
+def test_dropout_and_drop_path_need_a_key():
+    model = tiny(drop_path=0.5, dropout=0.5)
+    params = random_params(model)
+    pixels = clip(2)
+    np.testing.assert_array_equal(model.logits(params, pixels)["digits"], model.logits(params, pixels)["digits"])
+    a, b = (model.logits(params, pixels, jax.random.key(i))["digits"] for i in (0, 1))
+    assert np.abs(a - b).max() > 1e-3
+
+
+def test_parameter_names_are_stable():
+    names = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tiny(mixer="divided").abstract())}
+    expected = {"embed/proj/kernel", "embed/position", "embed/class_token", "embed/time", "blocks/1/attn/qkv/kernel", "blocks/0/mixer/temporal_fc/bias"}
+    assert expected | {"heads/actions/kernel", "heads/digits/bias", "norm/scale", "blocks/1/mlp/fc2/kernel", "blocks/0/norm1/scale"} <= names
+
+
+PUBLISHED = [  # millions of parameters (heads included where classes are given)
+    ("Ti/16", "none", {"imagenet": 1000}, 8, 224, 5.72),
+    ("S/16", "none", {"imagenet": 1000}, 8, 224, 22.05),
+    ("B/16", "none", {"imagenet": 1000}, 8, 224, 86.57),
+    ("L/16", "none", {"imagenet": 1000}, 8, 224, 304.33),
+    ("H/14", "none", {"imagenet": 1000}, 8, 224, 632.05),
+    ("B/16", "divided", {"k400": 400}, 8, 224, 121.57),  # TimeSformer-B
+    ("L/16", "divided", {"k400": 400, "ssv2": 174, "mit": 339, "imagenet": 1000}, 16, 448, 431.88),  # CoVeR
+]
+
+
+@pytest.mark.parametrize(("variant", "mixer", "classes", "frames", "size", "millions"), PUBLISHED)
+def test_parameter_counts(variant, mixer, classes, frames, size, millions):
+    config = base_config()
+    config.model.update(variant=variant, mixer=mixer, frames=frames, image_size=size)
+    assert count_parameters(build(config.model, classes).abstract()) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+def test_presets_can_be_overridden():
+    config = base_config()
+    config.model.update(variant="Ti/16", depth=3, patch=8)
+    spec = build(config.model, {"a": 2}).spec
+    assert (spec.width, spec.depth, spec.heads, spec.patch) == (PRESETS["Ti"][0], 3, 3, 8)

@@ -1,0 +1,220 @@
+"""The schema: every key that a run may set, with its unit and its reason.
+
+An experiment (`configs/*.py`) starts from `base_config()`, changes a few keys and returns it. The schema is locked: a key that is not here is an
+error, in a file as on the command line (`--config.optim.lr=1e-3`). A dataset is an entry of `tasks`, made by `task_config()`.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from vidjoint.errors import UserError
+
+
+def base_config() -> ConfigDict:
+    """Returns the locked base: a ViT-B/16 without temporal mixing, AdamW, and no tasks."""
+    c = ConfigDict()
+
+    # The run
+    c.seed = 0  # decides initial parameters, order of examples, clips and augmentation
+    c.total_steps = 0  # length in updates; give this or total_epochs
+    c.total_epochs = 0.0  # length in passes over the union of the training sets (sum of size x sample_weight examples)
+    c.eval_every = 0  # steps between evaluations on the validation splits; 0: only at the end
+    c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
+    c.keep_checkpoints = 2  # how many of the newest checkpoints stay; the best one stays besides
+    c.log_every = 50  # steps between log events; each is a mean over the steps since the last one
+    c.init_from = ""  # folder of an earlier run whose parameters this one starts from; heads of other label lists start anew
+
+    # Data
+    c.data_root = ""  # folder that every relative path of a task starts from; "": the current folder
+    c.batch_size = 64  # examples per step, over all batches of the step and all devices
+    c.schedule = "mixed"  # mixed: tasks side by side, in proportion to size (CoVeR); round_robin: one task per step (IV-ViT)
+    c.task_order = ()  # whose turn comes after whose in round_robin; (): alphabetical
+    c.tasks = ConfigDict()  # name -> task_config(...)
+
+    c.data = ConfigDict()
+    c.data.threads = 0  # decoding threads of this process; 0: one per core
+    c.data.workers = 0  # decoding processes; 0: threads of this process (PyAV releases the GIL, so threads are enough)
+    c.data.prefetch = 4  # batches per stream that are kept ready
+    c.data.max_bad_share = 0.1  # share of one training set's files that may fail to decode before the run stops with their list
+    c.data.max_pixels = 8192 * 4352  # width x height above which a file is refused: bounds the memory of one decoder
+
+    # Model
+    m = c.model = ConfigDict()
+    m.variant = "B/16"  # Ti, S, B, L or H (width, depth, heads), then patch size in pixels
+    m.width = 0  # 0: the variant's
+    m.depth = 0  # number of blocks; 0: the variant's
+    m.heads = 0  # attention heads; 0: the variant's
+    m.mlp_dim = 0  # hidden width of the MLP; 0: the variant's
+    m.patch = 0  # patch side in pixels; 0: the variant's
+    m.frames = 8  # frames per clip (images have one); any number works at run time, tables are resized
+    m.image_size = 224  # side of the square input in pixels; a task may differ
+    m.mixer = "none"  # how frames talk: none, divided, joint, token_shift
+    m.pool = "class_token"  # class_token: mean of the frames' class tokens (late fusion); average: mean of all patches
+    m.class_token = True  # False: no class token; pool must be average
+    m.dtype = "bfloat16"  # compute type; parameters, softmax and losses stay float32. On a CPU float32 is faster
+    m.remat = "none"  # none, or block: recompute each block in the backward pass (less memory, a third more compute)
+    m.drop_path = 0.0  # stochastic depth: share of dropped residuals in the last block, rising linearly from 0
+    m.dropout = 0.0  # dropout on the pooled features, before the heads
+    m.gelu = "exact"  # exact or tanh: must be that of pretrained weights
+    m.norm_eps = 1e-6  # LayerNorm epsilon: must be that of pretrained weights
+    m.mean = (0.5, 0.5, 0.5)  # RGB mean of the inputs in 0..1: must be that of pretrained weights
+    m.std = (0.5, 0.5, 0.5)  # RGB standard deviation, likewise
+    m.divided = ConfigDict()  # mixer divided (TimeSformer)
+    m.divided.temporal_init = "zero"  # zero: the branch starts as the identity; random: better from scratch
+    m.divided.image_temporal = "affine"  # at one frame: affine (softmax over one key, CoVeR appendix A), or skip the branch
+    m.token_shift = ConfigDict()  # mixer token_shift (TokenShift, IV-ViT)
+    m.token_shift.tokens = "class"  # class: only the class token moves (the papers); all: every token (needed from scratch)
+    m.token_shift.fraction = 0.125  # share of the channels that comes from each neighbour frame (IV-ViT 1/8, TokenShift 1/4)
+    m.token_shift.direction = "next_first"  # first channels from frame t+1 (the code of both papers), or previous_first (IV-ViT eq. 7)
+
+    # Loss
+    c.loss = ConfigDict()
+    c.loss.reduction = "per_task"  # per_task: sum of loss_weight x mean over the task's examples (CoVeR); per_example: weighted mean over all
+    c.loss.label_smoothing = 0.0
+    c.loss.mixup = 0.0  # alpha of Beta(alpha, alpha) for mixup; 0: off. Partners are of the same task
+    c.loss.cutmix = 0.0  # alpha for CutMix; with both on, each batch takes one of the two at random
+
+    # Optimiser
+    o = c.optim = ConfigDict()
+    o.name = "adamw"  # adamw or sgd (momentum; weight decay joins the gradient)
+    o.lr = 1e-3  # peak learning rate, not scaled by anything
+    o.schedule = "cosine"  # cosine (to zero), step (x decay_factor at each milestone) or constant
+    o.warmup_steps = 0  # linear from zero; give this or warmup_epochs
+    o.warmup_epochs = 0.0
+    o.milestone_steps = ()  # where schedule=step drops; give these or milestone_epochs
+    o.milestone_epochs = ()
+    o.decay_factor = 0.1
+    o.momentum = 0.9  # sgd
+    o.nesterov = False  # sgd
+    o.betas = (0.9, 0.999)  # adamw
+    o.eps = 1e-8  # adamw
+    o.weight_decay = 0.0
+    o.decay = "matrices"  # matrices: no decay on biases, norms, tokens and tables; all: everything (TimeSformer's code)
+    o.clip_norm = 0.0  # global gradient norm is clipped to this; 0: off
+    o.ema = 0.0  # decay of the exponential moving average of the parameters, used for evaluation; 0: off
+    o.freeze = ()  # regular expressions on parameter paths ("blocks/.*"): these are neither trained nor differentiated
+
+    # Evaluation
+    c.eval = ConfigDict()
+    c.eval.views = "1x1"  # temporal x spatial views whose predictions are averaged, in the last evaluation
+    c.eval.average = "softmax"  # what is averaged over views: softmax or logits
+    c.eval.reversed = True  # also evaluate videos with their frames reversed in the last evaluation (CoVeR Table 2)
+    c.eval.batch_size = 0  # examples per evaluation step; 0: batch_size
+
+    # Devices: sizes of the mesh axes; one may be -1 (all that are left)
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # batches are split
+    c.mesh.fsdp = 1  # batches and parameters are split
+    c.mesh.tensor = 1  # heads and MLP channels are split
+
+    c.lock()
+    c.tasks.unlock()  # experiments add tasks; the keys of each are locked again
+    return c
+
+
+def task_config(**changes) -> ConfigDict:
+    """Returns the locked settings of one dataset with `changes` made; a task is added by `config.tasks.NAME = task_config(...)`.
+
+    Raises:
+      KeyError, TypeError: a change names an unknown key or has the wrong type.
+    """
+    t = ConfigDict()
+    t.source = "csv"  # csv, folder, tfds or demo: see vidjoint/data/sources.py for the layouts
+    t.media = "video"  # video or image (a video of one frame)
+    t.train = ""  # list file(s, comma-separated), folder, zip, or TFDS name:split, relative to data_root
+    t.val = ""  # likewise; "": no evaluation, or what `fold` holds out
+    t.fold = ""  # "k/n" (k from 1): hold out the k-th of n parts of `train` (stratified by class) in place of `val`
+    t.root = ""  # folder that the paths in a list start from, relative to data_root; "": the list's own folder
+    t.labels = ""  # file with one class name per line (or the dataset's own label file), relative to data_root; "": read off the data
+    t.classes = 0  # number of classes; 0: as many as the labels
+
+    t.loss_weight = 1.0  # w of CoVeR's weighted loss
+    t.sample_weight = 1.0  # the set counts as so many copies of itself when tasks are drawn in proportion to size
+
+    t.frames = 0  # frames per clip; 0: model.frames. An image has one
+    t.image_size = (0, 0)  # height, width in pixels; (0, 0): model.image_size squared
+    t.sampler = "uniform"  # uniform: over the whole video (CoVeR); window: window_seconds at a random place (IV-ViT); segments (Something-Something)
+    t.window_seconds = 2.67  # length of the window (IV-ViT 5.3)
+
+    t.crop = "short_side"  # short_side: resize to a random short side, then crop; area: random area and aspect; none: resize to the input
+    t.short_side = (256, 320)  # range of the random short side in pixels; evaluation resizes to the input's own short side
+    t.area = (0.08, 1.0)  # crop=area: range of the share of the picture
+    t.aspect = (3 / 4, 4 / 3)  # crop=area: range of width / height
+    t.flip = True  # horizontal flip with probability 1/2; False where left and right are in the labels
+    t.randaugment_layers = 0  # RandAugment operations per clip, the same for all its frames; 0: off
+    t.randaugment_magnitude = 9.0  # 0..10
+    t.erase = 0.0  # probability of random erasing
+    t.lock()
+    unknown = sorted(set(changes) - set(t))
+    if unknown:
+        raise KeyError(f"unknown task keys {unknown}; known: {sorted(t)}")
+    t.update(changes)
+    return t
+
+
+def parse(argv: list[str]) -> tuple[ConfigDict, str]:
+    """Reads `--config=FILE[:ARGUMENT]` and `--config.a.b=value` flags.
+
+    Returns:
+      The config and its name (the file's, with the argument if there is one: cover_jft_high_res).
+
+    Raises:
+      UserError: no such file, unknown key, or a value of the wrong type.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    given = [re.match(r"--?config=(.*)", arg) for arg in argv]
+    paths = [match[1] for match in given if match]
+    if not paths:
+        raise UserError("--config is missing: name an experiment, as in --config=configs/demo.py")
+    file, _, argument = paths[-1].partition(":")
+    if not Path(file).is_file():
+        raise UserError(f"--config={paths[-1]}: there is no file {file}")
+    try:
+        left = values(["vidjoint", *argv])[1:]
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"config: {str(error).strip(chr(39)).splitlines()[0]}") from error
+    if left:
+        raise UserError(f"unknown arguments {' '.join(left)}: see --help")
+    return values.config, "_".join(filter(None, [Path(file).stem, argument.replace(",", "_")]))
+
+
+def save(config: ConfigDict, path: Path) -> None:
+    """Writes a config as JSON, readable by `load` and by people."""
+    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def load(path: Path) -> ConfigDict:
+    """Reads what `save` wrote back into the locked schema; keys that the file lacks keep their defaults."""
+    stored = json.loads(path.read_text())
+    config, tasks = base_config(), stored.pop("tasks")
+    _update(config, stored)
+    for name, settings in tasks.items():
+        config.tasks[name] = task_config()
+        _update(config.tasks[name], settings)
+    return config
+
+
+def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Keys in which two configs differ, as `key: old -> new` lines."""
+    old, new = _flat(old.to_dict()), _flat(new.to_dict())
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+
+
+def _update(config: ConfigDict, values: dict) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _update(config[key], value)
+        else:
+            config[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

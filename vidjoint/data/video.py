@@ -1,0 +1,431 @@
+"""Video and image files to pixels: the frames shown at wanted times, upright, resized and cropped. Whatever is wrong with a file is a DecodeError.
+
+Decoding runs on the calling thread (PyAV releases the GIL, so callers parallelise over files) and holds one clip and at most two decoded frames.
+"""
+
+import contextlib
+import io
+import math
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Self
+
+import av
+import numpy as np
+from av.stream import Discard, Disposition
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+
+from vidjoint.data.transforms import Geometry
+
+MAX_PIXELS = 8192 * 4352  # width x height; also bounds the memory of one decoder, at most some 16 such pictures
+MAX_RATE = 240  # frames per second; headers that claim more are checked against the packets
+
+# Containers whose index can be trusted to find keyframes -> the time stamp that their index holds. Every other format is decoded from its start.
+INDEX_STAMP = {"mov,mp4,m4a,3gp,3g2,mj2": "dts", "avi": "dts", "matroska,webm": "pts"}
+
+# What Image.open may recognise. Not on the list: formats that start other programs (EPS) or that hold no photographs.
+Image.init()
+IMAGE_FORMATS = [name for name in ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000") if name in Image.OPEN]
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {  # EXIF orientation -> what brings the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class DecodeError(Exception):
+    """A file that cannot be used; the message is one line that says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video says of itself. Sizes are those of the picture as displayed, after rotation; pixels count as square."""
+
+    width: int  # pixels
+    height: int  # pixels
+    duration: float  # seconds from the first displayed frame to the end of the last one, > 0
+    fps: float  # frames per second, on average
+    frames: int  # how many; an estimate where the file does not say
+
+
+class Video:
+    """An open video file.
+
+    A frame is shown from its presentation time until the next frame's: at time t the picture is the last frame whose time is <= t; before the first
+    frame it is the first, after the end the last. Times count from the first displayed frame, so edit lists and late first time stamps need no care.
+
+    Attributes:
+      info: VideoInfo.
+      decoded: frames decoded so far, a measure of the work done.
+    """
+
+    def __init__(self, file: str | Path | bytes, max_pixels: int = MAX_PIXELS):
+        """Opens a local file, or one held in memory, and decodes its first frame.
+
+        Raises:
+          DecodeError: no frame can be decoded, or pictures have more than `max_pixels` pixels (refused before decoding where the header tells).
+        """
+        self.decoded = 0
+        self._file, self._max_pixels = file, max_pixels
+        self._opened = contextlib.ExitStack()
+        self._resizer = VideoReformatter()
+        try:
+            with _one_line_reasons():
+                self._stream_index = self._choose_stream()
+                self.info = self._describe()
+        except DecodeError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._current = self._ahead = self._frames = None
+        self._opened.close()
+
+    def read(self, times: np.ndarray, geometry: Geometry) -> np.ndarray:
+        """Returns the frames shown at `times`, as uint8[T, height, width, 3] RGB in the order asked.
+
+        Args:
+          times: float[T], seconds from the first displayed frame; any order, repeats allowed.
+          geometry: resize, crop and flip of the upright picture.
+
+        Raises:
+          DecodeError: a wanted frame cannot be decoded. Damage after the last wanted frame does not matter.
+        """
+        times = np.asarray(times, np.float64)
+        box_fits = 0 <= geometry.top <= geometry.resize[0] - geometry.height and 0 <= geometry.left <= geometry.resize[1] - geometry.width
+        if not (times.ndim == 1 and np.isfinite(times).all() and box_fits):
+            raise ValueError(f"times must be a finite vector and the crop lie in the picture: {times}, {geometry}")
+        clip = np.empty((len(times), geometry.height, geometry.width, 3), np.uint8)
+        # A thousandth of a tick absorbs the rounding of times that were computed from time stamps.
+        ticks = np.floor(np.clip(times, 0, 1e8) / float(self._stream.time_base) + 1e-3)
+        done, row = None, None
+        with _one_line_reasons():
+            for i in np.argsort(times, kind="stable"):
+                self._move_to(self._first_pts + int(ticks[i]))
+                clip[i] = clip[row] if self._current is done else self._picture(geometry)
+                done, row = self._current, i
+        return clip
+
+    # Opening
+
+    def _choose_stream(self) -> int:
+        """Opens the file on the first frame of the stream that a player would show, or of the next if that one has none. Returns its index."""
+        self._open()
+        streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not streams:
+            kinds = sorted({s.type for s in self._container.streams})
+            raise DecodeError(f"no video in it ({', '.join(kinds)} only)" if kinds else "no video in it: it has no streams")
+        best = self._container.streams.best("video")
+        reasons = []
+        for index in sorted((s.index for s in streams), key=lambda i: (best is None or i != best.index, i)):
+            try:
+                with _one_line_reasons():
+                    self._start(index)
+                    return index
+            except DecodeError as error:
+                reasons.append(str(error))
+        raise DecodeError(reasons[0])
+
+    def _open(self) -> None:
+        self.close()
+        self._container = self._opened.enter_context(_open_container(self._file, self._max_pixels))
+
+    def _start(self, index: int) -> None:
+        """Opens the file anew and stands on the first frame of stream `index`."""
+        self._open()
+        stream = self._stream = self._container.streams[index]
+        context = stream.codec_context
+        if context is None:
+            raise DecodeError("there is no decoder for its codec")
+        self._check_size(context.width, context.height)
+        context.thread_type = "NONE"
+        context.thread_count = 1
+        context.options = _codec_options(self._max_pixels)
+        for other in self._container.streams:
+            if other is not stream:
+                other.discard = Discard.all
+
+        self._stamp = INDEX_STAMP.get(self._container.format.name)
+        if self._stamp == "pts":  # Matroska reads its list of keyframes at the first seek
+            try:
+                self._container.seek(stream.start_time or 0, stream=stream)
+            except av.error.FFmpegError:  # not seekable: take it as it comes
+                self._stamp = None
+        self._play()
+        self._current = self._next()
+        if self._current is None:
+            raise DecodeError(f"no frame can be decoded{': ' + self._damage if self._damage else ''}")
+        self._first_pts = self._current[0]
+        self._seekable = self._stamp is not None and self._first_key is not None
+        if self._seekable:
+            self._start_key, key_pts = self._first_key
+            self._delay = max(0, key_pts - self._start_key)  # from the index's stamps to presentation times
+
+    def _describe(self) -> VideoInfo:
+        stream, container = self._stream, self._container
+        frame = self._current[1]
+        self._matrix = _display_matrix(frame)
+        first = self._first_pts * stream.time_base
+        duration, frames, rate = 0.0, stream.frames, stream.average_rate or stream.guessed_rate or 0
+        if stream.duration:
+            start = self._first_pts if stream.start_time is None else stream.start_time
+            duration = float((start + stream.duration) * stream.time_base - first)
+        elif container.duration:  # from the first time stamp, but in Matroska from time 0
+            start = 0 if self._stamp == "pts" else container.start_time or 0
+            duration = float(Fraction(start + container.duration, av.time_base) - first)
+        if duration <= 0 or not (frames > 0 or 0 < rate <= MAX_RATE):
+            duration, frames = _scan(self._file, self._max_pixels, stream.index, self._first_pts)
+        if duration <= 0:
+            duration = max(frames, 1) / (float(rate) if 0 < rate <= MAX_RATE else 25.0)
+        fps = frames / duration if frames > 0 else float(rate)
+        width, height = (frame.height, frame.width) if _is_transposed(self._matrix) else (frame.width, frame.height)
+        return VideoInfo(width, height, duration, fps, frames if frames > 0 else max(1, round(duration * fps)))
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self._max_pixels:
+            raise DecodeError(f"its pictures of {width} x {height} are larger than the {self._max_pixels} pixels allowed (data.max_pixels)")
+
+    # Moving about. A position is (pts, frame): `_current`, and `_ahead` if the frame after it has been decoded.
+
+    def _play(self) -> None:
+        """Starts decoding where the container stands."""
+        self._frames = self._decode()
+        self._current = self._ahead = None
+        self._damage = ""  # why decoding ended early
+        self._first_key = None  # index stamp and pts of the first keyframe read since
+        self._reached = -(2**63)  # largest index stamp of a keyframe read since
+
+    def _decode(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Yields (pts, frame) in order of display. Damage before the first frame is passed over: streams may begin between keyframes."""
+        step = max(1, round(1 / (float(self._stream.time_base) * float(self._stream.guessed_rate or 25))))
+        last = None
+        for packet in self._container.demux(self._stream):
+            if packet.is_keyframe and packet.size and self._stamp:
+                stamp = getattr(packet, self._stamp)
+                if stamp is not None and packet.pts is not None:
+                    self._first_key = self._first_key or (stamp, packet.pts)
+                    self._reached = max(self._reached, stamp)
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError as error:
+                if last is not None:
+                    raise
+                self._damage = self._damage or _reason(error)
+                continue
+            for frame in frames:
+                self.decoded += 1
+                self._check_size(frame.width, frame.height)
+                last = frame.pts if frame.pts is not None else (0 if last is None else last + step)
+                yield last, frame
+
+    def _next(self) -> tuple[int, av.VideoFrame] | None:
+        """The next frame, or None at the end; `_damage` then tells whether the file ended in order."""
+        try:
+            position = next(self._frames, None)
+        except av.error.FFmpegError as error:
+            self._damage = _reason(error)
+            return None
+        if position is not None:
+            self._damage = ""
+        return position
+
+    def _move_to(self, pts: int) -> None:
+        """Makes `_current` the frame shown at `pts` (>= the first): plays on, or jumps if that is shorter or if it lies behind."""
+        key = self._keyframe_before(pts)
+        if self._current is None or pts < self._current[0] or (key is not None and key > self._reached):
+            self._jump(pts)
+        while True:
+            self._ahead = self._ahead or self._next()
+            if self._ahead is None:
+                now, frame = self._current
+                step = frame.duration or 1 / (self.info.fps * float(self._stream.time_base))
+                if self._damage and pts >= now + step:
+                    raise DecodeError(f"damaged after {float((now - self._first_pts) * self._stream.time_base):.2f} s: {self._damage}")
+                return
+            if self._ahead[0] > pts:
+                return
+            self._current, self._ahead = self._ahead, None
+
+    def _keyframe_before(self, pts: int) -> int | None:
+        """The index stamp of the last keyframe shown at or before `pts`, as far as the index tells; None if it does not."""
+        if not self._seekable:
+            return None
+        index = self._stream.index_entries
+        entry = index.search_timestamp(pts - self._delay)
+        return index[entry].timestamp if entry >= 0 else None
+
+    def _jump(self, pts: int) -> None:
+        """Stands on a keyframe at or before `pts`, or on the first frame of the file.
+
+        A keyframe counts only if it comes out of the decoder first, as a keyframe, with its own presentation time: the frames shown after it are then
+        what decoding from the start gives. If not (open groups of pictures whose first frames lean on earlier ones, indices that lie), the keyframe
+        before it is tried; after three failures in one place the file is never jumped in again.
+        """
+        limit = pts
+        for _ in range(3):
+            key = self._keyframe_before(limit)
+            if key is None or key <= self._start_key:
+                break
+            try:
+                self._container.seek(key + self._delay, stream=self._stream)
+                self._play()
+                self._current = self._next()
+                while self._current and self._first_key and self._current[0] < self._first_key[1]:
+                    self._current = self._next()
+            except av.error.FFmpegError:
+                self._current = None
+            if self._current and self._first_key and self._current[0] == self._first_key[1] <= pts and self._current[1].key_frame:
+                self._reached = max(self._reached, key)
+                return
+            limit = key - 1 + self._delay
+        else:
+            self._seekable = False
+        seekable = self._seekable
+        self._start(self._stream_index)
+        self._seekable = seekable
+
+    def _picture(self, geometry: Geometry) -> np.ndarray:
+        """The current frame as uint8[height, width, 3]: colour conversion and resize in one, then upright, crop, flip (views)."""
+        height, width = geometry.resize
+        if _is_transposed(self._matrix):
+            height, width = width, height
+        small = self._resizer.reformat(self._current[1], width=width, height=height, format="rgb24", interpolation="BILINEAR", threads=1)
+        picture = _upright(small.to_ndarray(), self._matrix)
+        picture = picture[geometry.top : geometry.top + geometry.height, geometry.left : geometry.left + geometry.width]
+        return picture[:, ::-1] if geometry.flip else picture
+
+
+def read_image(file: str | Path | bytes, choose: Callable[[int, int], Geometry], max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Returns a picture as uint8[1, height, width, 3] RGB: upright by its EXIF orientation, resized and cropped in one, alpha dropped.
+
+    Args:
+      file: a local file, or one held in memory. Of an animation the first frame counts.
+      choose: gives the geometry for a picture of (height, width) pixels.
+
+    Raises:
+      DecodeError: it is no picture, or damaged, or has more than `max_pixels` pixels (refused before decoding).
+    """
+    with contextlib.ExitStack() as opened:
+        with _one_line_reasons():
+            image = opened.enter_context(Image.open(opened.enter_context(_open_file(file)), formats=IMAGE_FORMATS))
+            if image.width * image.height > max_pixels:
+                raise DecodeError(f"its {image.width} x {image.height} pixels are more than the {max_pixels} allowed (data.max_pixels)")
+            orientation = 1
+            with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse the picture
+                orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        sideways = orientation in (5, 6, 7, 8)
+        geometry = choose(*(image.size if sideways else image.size[::-1]))
+        height, width = geometry.resize
+        with _one_line_reasons():
+            image.draft("RGB", (height, width) if sideways else (width, height))  # JPEG: decode at 1/2, 1/4 or 1/8, not below what is wanted
+            if image.mode.startswith("I;16"):  # 16 bits a pixel: keep the upper ones, where convert() would clip
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            picture = image.convert("RGB")
+            if orientation in UPRIGHT:
+                picture = picture.transpose(UPRIGHT[orientation])
+            down, right = picture.height / height, picture.width / width  # pixels of the source per resized pixel
+            left, top = geometry.left * right, geometry.top * down
+            box = (left, top, min(left + geometry.width * right, picture.width), min(top + geometry.height * down, picture.height))  # min: rounding
+            pixels = np.asarray(picture.resize((geometry.width, geometry.height), Image.Resampling.BILINEAR, box=box))
+    return np.ascontiguousarray(pixels[:, ::-1] if geometry.flip else pixels)[None]
+
+
+# Files
+
+
+def _open_file(file: str | Path | bytes) -> io.IOBase:
+    """Opens a local file by its very name, so that no library sees a protocol, a pattern or an option in it."""
+    if isinstance(file, (bytes, bytearray, memoryview)):
+        return io.BytesIO(file)
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise DecodeError("not a file")  # a folder, or a pipe that would block
+    return open(file, "rb", buffering=0)
+
+
+@contextlib.contextmanager
+def _open_container(file: str | Path | bytes, max_pixels: int) -> Iterator[av.container.InputContainer]:
+    with _open_file(file) as opened:
+        options = {**_codec_options(max_pixels), "protocol_whitelist": "none"}  # playlists may not open anything else
+        with av.open(opened, "r", buffer_size=1 << 16, options=options, metadata_errors="replace") as container:
+            yield container
+
+
+def _codec_options(max_pixels: int) -> dict[str, str]:
+    return {"max_pixels": str(2 * max_pixels)}  # a second line of defence, inside the decoder; twice, because coded sizes are padded
+
+
+def _scan(file: str | Path | bytes, max_pixels: int, index: int, first_pts: int) -> tuple[float, int]:
+    """Returns the duration in seconds (0 if packets have no times) and the number of frames of one stream, from its packets, without decoding."""
+    frames, end = 0, first_pts
+    with _open_container(file, max_pixels) as container:
+        stream = container.streams[index]
+        with contextlib.suppress(av.error.FFmpegError):  # damaged: what can be read counts
+            for packet in container.demux(stream):
+                if packet.size and packet.pts is not None and packet.pts >= first_pts:
+                    end = max(end, packet.pts + (packet.duration or 0))
+                frames += packet.size > 0
+        return float((end - first_pts) * stream.time_base), frames
+
+
+@contextlib.contextmanager
+def _one_line_reasons() -> Iterator[None]:
+    """Turns whatever a decoding library raises into a DecodeError. Broad on purpose: on hostile files, libraries raise almost anything."""
+    try:
+        yield
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise DecodeError(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    text = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+# Rotation. A display matrix (a, b, c, d) puts source pixel (x, y) at (a x + c y, b x + d y), x to the right, y down.
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    try:
+        side_data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV 18 knows not every kind of side data (multiview HEVC has others); the angle alone it can tell
+        turn = math.radians(-frame.rotation)
+        return (round(math.cos(turn)), round(math.sin(turn)), -round(math.sin(turn)), round(math.cos(turn)))
+    if side_data is None:
+        return (1, 0, 0, 1)
+    a, b, _, c, d = np.frombuffer(bytes(side_data), np.int32)[:5].tolist()
+    return (a, b, c, d)
+
+
+def _is_transposed(matrix: tuple[int, int, int, int]) -> bool:
+    a, b, c, d = matrix
+    return abs(b) + abs(c) > abs(a) + abs(d)
+
+
+def _upright(picture: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """Turns and mirrors [H, W, 3] by the nearest of the eight right-angled cases; returns a view."""
+    a, b, c, d = matrix
+    if _is_transposed(matrix):
+        picture, mirrored, upside_down = picture.swapaxes(0, 1), c < 0, b < 0
+    else:
+        mirrored, upside_down = a < 0, d < 0
+    if mirrored:
+        picture = picture[:, ::-1]
+    return picture[::-1] if upside_down else picture

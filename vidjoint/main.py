@@ -1,0 +1,50 @@
+"""Trains and evaluates an experiment; goes on where an earlier run in the same folder stopped.
+
+python -m vidjoint.main --config=configs/demo.py [--workdir=DIR] [--config.optim.lr=1e-3 ...]
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+from vidjoint import config as config_module
+from vidjoint.errors import command
+from vidjoint.evaluate import table
+from vidjoint.train import Stopped, train
+
+STOPPED = 75  # exit status after SIGTERM or Ctrl-C: saved, start the same command again to go on (EX_TEMPFAIL)
+
+
+@command
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vidjoint.main",
+        description=__doc__.partition("\n")[0],
+        epilog="Any key of the config can be set by --config.KEY=VALUE, as in --config.optim.lr=1e-3 or --config.tasks.digits.flip=False; the keys, with "
+        f"their units, are in vidjoint/config.py. Exit status: 0 done, 2 something to mend, {STOPPED} stopped by a signal after saving.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]", help="experiment, as in configs/cover_jft.py:high_res")
+    parser.add_argument("--workdir", type=Path, help="where checkpoints, logs and results go (default: runs/NAME of the config)")
+    parser.add_argument("--force_config", action="store_true", help="go on with a run in the folder although its config differs")
+    args, rest = parser.parse_known_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.captureWarnings(True)
+    config, name = config_module.parse([f"--config={args.config}", *rest])
+    cache = os.environ.get("VIDJOINT_CACHE", Path.home() / ".cache" / "vidjoint")
+    jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "xla"))
+    try:
+        results = train(config, args.workdir or Path("runs") / name, args.force_config)
+    except Stopped as stopped:
+        print(f"stopped after step {stopped.step} and saved; the same command goes on from there", file=sys.stderr)
+        return STOPPED
+    if jax.process_index() == 0:
+        print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""What is counted and where it is written: top-k, confusion matrices, running means of the training log, metrics.jsonl and TensorBoard."""
+
+import csv
+import io
+import json
+import math
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+# Counting
+
+
+def topk_correct(scores, label, k: int) -> np.ndarray:
+    """Returns whether the label is among the k classes of highest score. Equal scores rank by class number, so a constant output names class 0.
+
+    Args:
+      scores: logits or probabilities, float[B, C]; a row with a NaN counts as wrong.
+      label: int[B], 0..C-1.
+      k: 1 or more; from k = C on every row without NaN is right.
+
+    Returns:
+      bool[B].
+
+    Raises:
+      ValueError: a label out of range.
+    """
+    scores, label = np.asarray(scores, np.float32), np.asarray(label)
+    classes = scores.shape[1]
+    _check_range("label", label, classes)
+    own = scores[np.arange(len(label)), label][:, None]  # [B, 1]
+    ahead = (scores > own) | ((scores == own) & (np.arange(classes) < label[:, None]))  # [B, C]
+    return (ahead.sum(axis=1) < k) & ~np.isnan(scores).any(axis=1)
+
+
+def count_confusion(matrix: np.ndarray, label, prediction) -> None:
+    """Adds examples to a confusion matrix, in place.
+
+    Args:
+      matrix: int64[C, C], one row per true class and one column per predicted class; starts as zeros.
+      label, prediction: int[B], 0..C-1.
+
+    Raises:
+      ValueError: a label or prediction out of range.
+    """
+    label, prediction = np.asarray(label), np.asarray(prediction)
+    _check_range("label", label, len(matrix))
+    _check_range("prediction", prediction, len(matrix))
+    np.add.at(matrix, (label, prediction), 1)
+
+
+def per_class(matrix: np.ndarray, labels) -> list[dict]:
+    """Returns the accuracy of each class and what it is most often taken for.
+
+    Args:
+      matrix: int[C, C], rows are true classes.
+      labels: C class names.
+
+    Returns:
+      C dicts {"class": number, "label": name, "examples", "correct", "top1": share in 0..1 or None without examples,
+      "taken_for": the most frequent wrong class or "", "taken_for_examples": how often}.
+    """
+    rows = []
+    for number, (label, counts) in enumerate(zip(labels, matrix, strict=True)):
+        examples, correct = int(counts.sum()), int(counts[number])
+        wrong = np.where(np.arange(len(counts)) == number, 0, counts)
+        worst = int(wrong.argmax())
+        row = {"class": number, "label": label, "examples": examples, "correct": correct, "top1": correct / examples if examples else None}
+        rows.append(row | {"taken_for": labels[worst] if wrong[worst] else "", "taken_for_examples": int(wrong[worst])})
+    return rows
+
+
+def write_confusion_csv(path, matrix: np.ndarray, labels) -> None:
+    """Writes a confusion matrix as CSV (UTF-8): a header of predicted classes, then per true class its name and its counts."""
+    _write_csv(path, [["true / predicted", *labels], *([label, *map(int, row)] for label, row in zip(labels, matrix, strict=True))])
+
+
+def write_per_class_csv(path, matrix: np.ndarray, labels) -> None:
+    """Writes the table of `per_class` as CSV (UTF-8) with a header; the share of a class without examples is empty."""
+    rows = per_class(matrix, labels)
+    _write_csv(path, [list(rows[0]), *([rounded(value) for value in row.values()] for row in rows)])
+
+
+# The training log
+
+
+class Summary:
+    """Running means of the training log: `add` after every step, `take` when it is time to log.
+
+    `add` keeps device arrays as they are, so that no step waits for the one before; `take` fetches them all at once.
+    """
+
+    def __init__(self):
+        self._steps = []
+
+    def add(self, values: dict) -> None:
+        """Adds one step: name -> scalar, for a mean over steps, or pair (sum, count), for a mean over examples (sum of sums / sum of counts)."""
+        self._steps.append(dict(values))
+
+    def take(self) -> dict[str, float]:
+        """Returns name -> mean since the last `take`, sorted by name, and starts anew. A name whose counts add up to zero is left out."""
+        steps, self._steps = jax.device_get(self._steps), []
+        totals = {}
+        for step in steps:
+            for name, value in step.items():
+                amount, count = value if isinstance(value, tuple) else (value, 1)
+                total = totals.setdefault(name, [0.0, 0.0])
+                total[0] += float(amount)
+                total[1] += float(count)
+        return {name: amount / count for name, (amount, count) in sorted(totals.items()) if count}
+
+
+class MetricsWriter:
+    """Writes the events of a run to `workdir/metrics.jsonl` (one JSON object per line) and to TensorBoard files in `workdir/tensorboard`.
+
+    One process of a run has one. Every event is handed to the system before `write` returns, so a killed process loses none. Write the events of
+    a step before its checkpoint is saved; then a resumed run repeats exactly those that `resume_step` drops.
+    """
+
+    def __init__(self, workdir, resume_step: int | None = None):
+        """Opens the log.
+
+        Args:
+          workdir: folder, made if missing.
+          resume_step: step the run goes on from (0: the start). What an interrupted run wrote about later steps is dropped. None drops nothing but
+            a last line cut short.
+        """
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        _drop_later_events(path, math.inf if resume_step is None else resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        purge = None if resume_step is None else resume_step + 1  # TensorBoard hides earlier events from this step on
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
+
+    def write(self, step: int, values: dict) -> None:
+        """Writes one event.
+
+        Args:
+          step: number of updates made.
+          values: name ("train/loss", "val/NAME/top1") -> number, text or None. Floats keep 6 significant digits; one that is not finite becomes null.
+        """
+        values = {name: rounded(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": int(step), **values}, allow_nan=False, ensure_ascii=False) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._tensorboard.add_scalar(name, value, int(step))
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def read_events(path) -> list[dict]:
+    """Returns the events of a metrics.jsonl in their order; lines that are no event (one cut short by a crash) are passed over."""
+    with open(path, "rb") as file:
+        return [event for event in map(_parse, file) if event is not None]
+
+
+def rounded(value):
+    """Returns a value as JSON and CSV hold it: whole numbers and text as they are, others as float of 6 significant digits, None if not finite."""
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, np.integer):
+        return int(value)
+    number = float(value)
+    return float(f"{number:.6g}") if math.isfinite(number) else None
+
+
+def write_whole(path, content: bytes) -> None:
+    """Writes a file so that it is seen either whole or not at all."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def _check_range(what: str, numbers: np.ndarray, classes: int) -> None:
+    if numbers.size and not (0 <= numbers.min() and numbers.max() < classes):
+        raise ValueError(f"{what} outside 0..{classes - 1}: {numbers.min()}..{numbers.max()}")
+
+
+def _write_csv(path, rows) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_whole(path, text.getvalue().encode())
+
+
+def _parse(line: bytes) -> dict | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if line.endswith(b"\n") and isinstance(event, dict) and isinstance(event.get("step"), int) else None
+
+
+def _drop_later_events(path: Path, last: float) -> None:
+    if not path.exists():
+        return
+    old = path.read_bytes()
+    events = ((line, _parse(line)) for line in old.splitlines(keepends=True))
+    new = b"".join(line for line, event in events if event is not None and event["step"] <= last)
+    if new != old:
+        write_whole(path, new)

@@ -1,0 +1,74 @@
+"""From a config to a model that plain JAX can call: parameters are nested dicts of arrays with stable names (`blocks/3/attn/qkv/kernel`)."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+
+from vidjoint.models.vit import DividedSpec, TokenShiftSpec, ViT, ViTSpec
+
+PRESETS = {  # width, depth, heads, MLP width (Dosovitskiy et al. 2021, table 1; Touvron et al. 2021 for Ti and S)
+    "Ti": (192, 12, 3, 768),
+    "S": (384, 12, 6, 1536),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "H": (1280, 32, 16, 5120),
+}
+
+
+def spec_from_config(model) -> ViTSpec:
+    """Resolves `config.model` (variant plus overrides; 0 means the variant's value). Assumes that `vidjoint.validate` has accepted it."""
+    size, patch = model.variant.split("/")
+    width, depth, heads, mlp_dim = PRESETS[size]
+    sizes = {"width": width, "depth": depth, "heads": heads, "mlp_dim": mlp_dim, "patch": int(patch)}
+    sizes = {key: model[key] or value for key, value in sizes.items()}
+    parts = {"divided": DividedSpec(**model.divided), "token_shift": TokenShiftSpec(**model.token_shift)}
+    names = {f.name for f in dataclasses.fields(ViTSpec)} - set(sizes) - set(parts)
+    return ViTSpec(**sizes, **parts, **{name: model[name] for name in names})
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as pure functions of its parameters. Holds no arrays, so it can be closed over by `jax.jit`."""
+
+    spec: ViTSpec
+    classes: tuple[tuple[str, int], ...]  # (task, number of classes)
+
+    def _split(self, rngs: nnx.Rngs):
+        return nnx.split(ViT(self.spec, dict(self.classes), rngs))
+
+    def init(self, key: jax.Array) -> dict:
+        """Fresh float32 parameters; jit-able."""
+        return _string_keys(nnx.to_pure_dict(self._split(nnx.Rngs(key))[1]))
+
+    def abstract(self) -> dict:
+        """Shapes and dtypes of the parameters, without computing them."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def bind(self, params: dict) -> ViT:
+        """The NNX module with these parameters, for calling its methods: `model.bind(params).features(pixels)`."""
+        graph, state = nnx.eval_shape(lambda: self._split(nnx.Rngs(0)))
+        nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params))
+        return nnx.merge(graph, state)
+
+    def logits(self, params: dict, pixels: jax.Array, key: jax.Array | None = None) -> dict[str, jax.Array]:
+        """uint8 or float[B, T, height, width, 3] in 0..255 -> {task: logits float32[B, C]}. A key turns stochastic depth and dropout on."""
+        return self.bind(params)(pixels, key)
+
+    def features(self, params: dict, pixels: jax.Array) -> jax.Array:
+        """Pooled features before the heads: float32[B, D]."""
+        return self.bind(params).features(pixels)
+
+
+def build(model, classes: dict[str, int]) -> Model:
+    """The model of `config.model` with one head per task; `classes` maps task to number of classes."""
+    return Model(spec_from_config(model), tuple(sorted(classes.items())))
+
+
+def count_parameters(params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _string_keys(tree):
+    return {str(k): _string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree

@@ -1,0 +1,59 @@
+"""The folder of a run: `config.json`, `labels/TASK.txt`, `checkpoints/`, `metrics.jsonl`, `results.json`, `eval/`. Knows names, not arrays."""
+
+import functools
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from vidjoint import config as config_module
+from vidjoint.errors import UserError
+
+# Keys that may change between the start of a run and its continuation: none of them touches the parameters that come out.
+HARMLESS = ("eval", "data.", "log_every", "checkpoint_every", "keep_checkpoints", "mesh.", "data_root", "init_from")
+
+
+class RunFolder:
+    """What a run keeps on disk besides its checkpoints."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @functools.cached_property
+    def config(self) -> ConfigDict:
+        """The run's config. Raises UserError if this is no folder of a run."""
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise UserError(f"{self.path} is no folder of a run, for it has no config.json: give the --workdir of a training run")
+        return config_module.load(file)
+
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """Class names of each task, in alphabetical order of the tasks."""
+        return {task: tuple(self.label_file(task).read_text(encoding="utf-8").splitlines()) for task in sorted(self.config.tasks)}
+
+    def label_file(self, task: str) -> Path:
+        """The file with one class name per line, in the order of the head's outputs."""
+        return self.path / "labels" / f"{task}.txt"
+
+    def claim(self, config: ConfigDict, labels: dict[str, tuple[str, ...]], force: bool = False) -> None:
+        """Writes config and labels, or checks that a run that is here already may go on with them.
+
+        Raises:
+          UserError: the run here was started with settings that lead to other parameters (`force` goes on regardless), or the folder can't be written.
+        """
+        if (self.path / "config.json").exists() and not force:
+            changed = [line for line in config_module.difference(self.config, config) if not line.startswith(HARMLESS)]
+            changed += [f"class names of {task}" for task in labels if task in self.config.tasks and self.labels[task] != labels[task]]
+            if changed:
+                raise UserError(
+                    f"{self.path} holds a run with other settings: give another --workdir, or --force_config to go on with the new ones:",
+                    *(f"  {line}" for line in changed),
+                )
+        try:
+            (self.path / "labels").mkdir(parents=True, exist_ok=True)
+            for task, names in labels.items():
+                self.label_file(task).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+            config_module.save(config, self.path / "config.json")
+        except OSError as error:
+            raise UserError(f"{self.path} can't be written ({error.strerror}): give another --workdir") from error
+        self.__dict__.pop("config", None)

@@ -1,0 +1,246 @@
+"""The training loop: next batches -> step -> log -> evaluate -> save; and what is set up before it."""
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from vidjoint import evaluate, metrics, optim, plots, sharding, step, validate
+from vidjoint.checkpoints import Checkpoints
+from vidjoint.data.mixture import Mixture, Task, open_tasks, union_size
+from vidjoint.errors import UserError
+from vidjoint.models.build import Model, build, count_parameters
+from vidjoint.run_folder import RunFolder
+from vidjoint.weights.init_from import init_from
+
+IN_FLIGHT = 2  # steps that may wait on the device; more would only hold their batches in its memory
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """A signal ended the run after a save."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}")
+        self.step = step
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs besides its state; what can be wrong with a config has been found."""
+
+    config: ConfigDict
+    tasks: dict[str, Task]
+    mesh: jax.sharding.Mesh
+    mixture: Mixture
+    model: Model
+    total_steps: int
+    schedule: Callable  # update number -> learning rate
+    abstract_state: step.TrainState  # shapes, dtypes and shardings
+    init: Callable  # random key -> TrainState
+    train_step: Callable  # (state, tuple of batches on the devices) -> (state, metrics); donates the state
+
+
+def prepare(config: ConfigDict) -> Setup:
+    """Opens the data, builds the model and the jitted step.
+
+    Raises:
+      UserError: everything the user can put right, reported together.
+    """
+    problems, tasks = validate.check(config), {}
+    try:
+        tasks = open_tasks(config) if not problems else {}
+        problems += [f"tasks.{name}.train is empty: name the training data" for name, task in tasks.items() if task.train is None]
+    except UserError as error:
+        problems += error.lines
+    if config.init_from and not (Path(config.init_from) / "config.json").is_file():
+        problems.append(f"init_from={config.init_from} is no folder of a run: train that model first, or set init_from='' to start from scratch")
+    if problems:
+        raise UserError(*problems)
+    for task in tasks.values():
+        for source in filter(None, (task.train, task.val)):
+            for line in source.warnings:
+                log.warning("%s: %s", task.name, line)
+
+    mesh = sharding.make_mesh(config.mesh)
+    steps_per_epoch = union_size(config, tasks) / config.batch_size
+    total_steps = config.total_steps or round(config.total_epochs * steps_per_epoch)
+    schedule = optim.make_schedule(config.optim, total_steps, steps_per_epoch)
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    model = build(config.model, {name: len(task.labels) for name, task in tasks.items()})
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    mixture = Mixture(config, tasks, process=jax.process_index(), processes=jax.process_count(), row_multiple=shards)
+
+    def fresh(key: jax.Array) -> step.TrainState:
+        return step.init_state(config, model.init(key), optimizer)
+
+    abstract = jax.eval_shape(fresh, jax.random.key(0))
+    shardings = sharding.tree_sharding(abstract, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    train_step = jax.jit(
+        step.make_train_step(config, model, optimizer),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+    init = jax.jit(fresh, out_shardings=shardings)
+    return Setup(config, tasks, mesh, mixture, model, total_steps, schedule, abstract, init, train_step)
+
+
+def initial_state(setup: Setup) -> step.TrainState:
+    """The state at step 0: fresh, or with the parameters of `config.init_from`."""
+    state = setup.init(jax.random.key(setup.config.seed))
+    if not setup.config.init_from:
+        return state
+    labels = {name: task.labels for name, task in setup.tasks.items()}
+    params = init_from(setup.config.init_from, optim.join(state.params, state.frozen), setup.model.spec, labels, log.info)
+    trained, frozen = optim.split_frozen(params, setup.config.optim.freeze)
+    ema = trained if setup.config.optim.ema else {}
+    loaded = step.TrainState(state.step, trained, frozen, state.opt_state, ema)
+    return jax.tree.map(lambda x, abstract: jax.device_put(x, abstract.sharding), loaded, setup.abstract_state)
+
+
+def train(config: ConfigDict, workdir: Path, force_config: bool = False) -> dict:
+    """Trains (or goes on with what `workdir` holds), evaluates, writes reports, and returns the content of `results.json`.
+
+    Raises:
+      UserError: something to put right; nothing that was saved is lost.
+      Stopped: SIGTERM or Ctrl-C came; the state is saved.
+    """
+    setup = prepare(config)
+    total_steps, folder = setup.total_steps, RunFolder(workdir)
+    folder.claim(config, {name: task.labels for name, task in setup.tasks.items()}, force_config)
+    evaluator = evaluate.Evaluator(config, setup.model, setup.tasks, setup.mesh)
+    with Checkpoints(workdir, config.keep_checkpoints) as checkpoints, StopSignal() as stop:
+        start = checkpoints.latest()
+        state = initial_state(setup) if start is None else checkpoints.restore(setup.abstract_state)
+        start = start or 0
+        print_summary(setup, state, start, folder.path)
+        with Log(folder.path, config, start, total_steps) as log_events:
+            batches, in_flight, done = setup.mixture.iterate(start), [], start
+            for done in range(start + 1, total_steps + 1):
+                began = time.perf_counter()
+                arrays = tuple(sharding.put_batch(batch, setup.mesh) for batch in next(batches))
+                device_idle = not in_flight or in_flight[-1].is_ready()
+                waited = time.perf_counter() - began if device_idle else 0.0
+                state, values = setup.train_step(state, arrays)
+                in_flight.append(values["loss"])
+                if len(in_flight) > IN_FLIGHT:
+                    in_flight.pop(0).block_until_ready()
+                last = done == total_steps or stop.asked
+                log_events.step(done, values, waited, lambda: float(setup.schedule(done - 1)), last)  # noqa: B023 (called at once)
+                score = None
+                if config.eval_every and (done % config.eval_every == 0 or done == total_steps):
+                    quick = evaluator.run(state.eval_params, (1, 1), reverse=False)
+                    log_events.write(done, evaluate.as_events(quick))
+                    score = evaluate.mean_top1(quick)
+                if done % config.checkpoint_every == 0 or score is not None or last:
+                    checkpoints.save(done, state, score)
+                if stop.asked:
+                    break
+            batches.close()
+            if stop.asked and done < total_steps:
+                checkpoints.wait()
+                raise Stopped(done)
+            results = evaluator.run(state.eval_params, validate.views(config.eval.views), config.eval.reversed)
+            log_events.write(total_steps, evaluate.as_events(results))
+    content = evaluate.as_json(results, total_steps)
+    if jax.process_index() == 0:
+        evaluate.write_reports(results, folder.path)
+        plots.learning_curves_png(folder.path / "curves.png", metrics.read_events(folder.path / "metrics.jsonl"))
+        metrics.write_whole(folder.path / "results.json", (json.dumps(content, indent=2) + "\n").encode())
+    return content
+
+
+class Log:
+    """The progress bar and the events of a run: means over the steps since the last event, rate, and share of time that the device waited for data."""
+
+    def __init__(self, workdir: Path, config: ConfigDict, start: int, total_steps: int):
+        self._config, self._means = config, metrics.Summary()
+        self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=None if jax.process_index() == 0 else True, dynamic_ncols=True)
+        self._writer = metrics.MetricsWriter(workdir, start) if jax.process_index() == 0 else None
+        self._restart_clock()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+        if self._writer:
+            self._writer.close()
+
+    def step(self, done: int, values: dict, waited: float, learning_rate: Callable[[], float], last: bool) -> None:
+        """Counts one step, and writes an event when it is time. Waits for the device only then."""
+        self._means.add({f"train/{name}": value for name, value in values.items()})
+        self._waited, self._steps = self._waited + waited, self._steps + 1
+        self._bar.update()
+        if done % self._config.log_every and not last:
+            return
+        event = self._means.take()
+        seconds = time.perf_counter() - self._began
+        event |= {"train/lr": learning_rate(), "train/examples_per_s": self._steps * self._config.batch_size / seconds}
+        event |= {"train/data_wait": min(self._waited / seconds, 1.0)}
+        self.write(done, event)
+        self._bar.set_postfix_str(f"loss {event['train/loss']:.3f}, {event['train/examples_per_s']:.0f} examples/s, data wait {event['train/data_wait']:.0%}")
+
+    def write(self, done: int, event: dict) -> None:
+        """Writes an event; the time it took to come about is not counted to the next steps."""
+        if self._writer:
+            self._writer.write(done, event)
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._began, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+
+class StopSignal:
+    """Turns SIGTERM and the first Ctrl-C into a request to stop after the current step; a second Ctrl-C stops at once."""
+
+    def __enter__(self) -> "StopSignal":
+        self.asked, self._old = False, {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._old[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread, as in a notebook's executor: signals go to whoever owns it
+                break
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        log.warning("%s: saving after this step and stopping", signal.Signals(number).name)
+
+
+def print_summary(setup: Setup, state: step.TrainState, start: int, folder: Path) -> None:
+    """What is about to happen, for a check at a glance."""
+    if jax.process_index():
+        return
+    config, mixture = setup.config, setup.mixture
+    print(f"{'task':<20} {'train':>9} {'val':>8} {'classes':>8}  {'clip':<18} {'weight':>6}")
+    for name, task in setup.tasks.items():
+        clip = "x".join(map(str, task.clip.shape[:3]))
+        val = len(task.val) if task.val else 0
+        print(f"{name:<20} {len(task.train):>9} {val:>8} {len(task.labels):>8}  {clip:<18} {config.tasks[name].loss_weight:>6g}")
+    shares = ", ".join(f"{stream.batch_size} of {stream.name}" for stream in mixture.streams)
+    print(f"batches    {config.schedule}: {shares}")
+    trained, frozen = count_parameters(state.params), count_parameters(state.frozen)
+    spec = setup.model.spec
+    print(f"model      {config.model.variant} width {spec.width}, {spec.depth} blocks, mixer {spec.mixer}: {trained:,} parameters trained, {frozen:,} frozen")
+    mesh = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
+    print(f"devices    {jax.device_count()} {jax.devices()[0].device_kind} ({mesh}), {jax.process_count()} processes")
+    print(f"steps      {start} -> {setup.total_steps} ({mixture.steps_per_epoch:.1f} per epoch of {mixture.union:.0f} examples)")
+    print(f"results    {folder}", flush=True)
