@@ -209,7 +209,7 @@ def _reader(folder: Path, step: int):
 
 
 def _differences(saved, wanted, most: int = 10) -> list[str]:
-    """One line for each array that one tree has and the other lacks, or that differs in shape or dtype; at most `most` of them."""
+    """One line for each array that one tree has and the other lacks, or that differs in shape or dtype: parameters first, at most `most` of them."""
     saved, wanted = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype).name}{list(x.shape)}"
@@ -219,7 +219,7 @@ def _differences(saved, wanted, most: int = 10) -> list[str]:
     )
     lines = [
         f"  {name}: saved {saved.get(name, 'not at all')}, wanted {wanted.get(name, 'not at all')}"
-        for name in sorted(saved.keys() | wanted.keys())
+        for name in sorted(saved.keys() | wanted.keys(), key=lambda name: (not name.startswith(("params/", "frozen/")), name))
         if saved.get(name) != wanted.get(name)
     ]
     return lines[:most] + [f"  and {len(lines) - most} more"] * (len(lines) > most)

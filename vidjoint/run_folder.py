@@ -31,6 +31,11 @@ class RunFolder:
         """Class names of each task, in alphabetical order of the tasks."""
         return {task: tuple(self.label_file(task).read_text(encoding="utf-8").splitlines()) for task in sorted(self.config.tasks)}
 
+    @property
+    def results(self) -> Path:
+        """Results of the last evaluation; written when a run is done."""
+        return self.path / "results.json"
+
     def label_file(self, task: str) -> Path:
         """The file with one class name per line, in the order of the head's outputs."""
         return self.path / "labels" / f"{task}.txt"

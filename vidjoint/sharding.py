@@ -1,7 +1,7 @@
 """Where arrays live: a mesh of devices with the axes data, fsdp and tensor, and one table of rules from parameter paths to partitions.
 
-Batches are split over data and fsdp; parameters and optimiser state over fsdp (ZeRO-3, Rajbhandari et al. 2020) and tensor (Megatron-LM, Shoeybi et al.
-2019). Models know nothing of it: XLA inserts the communication.
+Batches are split over data and fsdp; parameters and optimiser state over fsdp (ZeRO-3, Rajbhandari et al. 2020) and tensor (Megatron-LM, Shoeybi et
+al. 2019). Models know nothing of it: XLA inserts the communication.
 """
 
 import re
@@ -14,8 +14,8 @@ from vidjoint.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# How the end of a parameter's path decides the dimensions that the tensor axis splits; the first rule that matches holds. Biases are added to what their
-# kernel makes, so they are split like its outputs.
+# How the end of a parameter's path decides which dimension the tensor axis splits; the first rule that matches holds. A bias is added to what its
+# kernel makes, so it is split like the kernel's outputs.
 RULES = (
     (r"attn/qkv/kernel", PartitionSpec(None, "tensor")),
     (r"attn/qkv/bias", PartitionSpec("tensor")),
@@ -60,11 +60,13 @@ def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     A dimension that its axis does not divide stays whole, and so do classifiers (`WHOLE`). Vectors take part in fsdp too, so that memory falls by its
     size. The path may have a prefix, as in the optimiser's state: rules match its end.
     """
+    spec = [None] * len(shape)
     if re.search(f"(^|/){WHOLE}$", path):
-        return PartitionSpec()
-    rule = next((spec for pattern, spec in RULES if re.search(f"{pattern}$", path) and len(spec) == len(shape)), ())
-    spec = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(rule or [None] * len(shape), shape, strict=True)]
-    free = [i for i, size in enumerate(shape) if spec[i] is None and size > 0 and size % mesh.shape["fsdp"] == 0]
+        return PartitionSpec(*spec)
+    rule = next((spec for pattern, spec in RULES if re.search(f"{pattern}$", path) and len(spec) == len(shape)), spec)
+    if mesh.shape["tensor"] > 1:
+        spec = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(rule, shape, strict=True)]
+    free = [i for i, size in enumerate(shape) if spec[i] is None and size and size % mesh.shape["fsdp"] == 0]
     if free and mesh.shape["fsdp"] > 1:
         spec[max(free, key=lambda i: shape[i])] = "fsdp"
     return PartitionSpec(*spec)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -104,7 +105,7 @@ def initial_state(setup: Setup) -> step.TrainState:
     labels = {name: task.labels for name, task in setup.tasks.items()}
     params = init_from(setup.config.init_from, optim.join(state.params, state.frozen), setup.model.spec, labels, log.info)
     trained, frozen = optim.split_frozen(params, setup.config.optim.freeze)
-    ema = trained if setup.config.optim.ema else {}
+    ema = jax.tree.map(jnp.copy, trained) if setup.config.optim.ema else {}  # the step donates both
     loaded = step.TrainState(state.step, trained, frozen, state.opt_state, ema)
     return jax.tree.map(lambda x, abstract: jax.device_put(x, abstract.sharding), loaded, setup.abstract_state)
 
@@ -125,7 +126,7 @@ def train(config: ConfigDict, workdir: Path, force_config: bool = False) -> dict
         state = initial_state(setup) if start is None else checkpoints.restore(setup.abstract_state)
         start = start or 0
         print_summary(setup, state, start, folder.path)
-        with Log(folder.path, config, start, total_steps) as log_events:
+        with Log(folder.path, config.batch_size, start, total_steps) as log_events:
             batches, in_flight, done = setup.mixture.iterate(start), [], start
             for done in range(start + 1, total_steps + 1):
                 began = time.perf_counter()
@@ -136,14 +137,19 @@ def train(config: ConfigDict, workdir: Path, force_config: bool = False) -> dict
                 in_flight.append(values["loss"])
                 if len(in_flight) > IN_FLIGHT:
                     in_flight.pop(0).block_until_ready()
-                last = done == total_steps or stop.asked
-                log_events.step(done, values, waited, lambda: float(setup.schedule(done - 1)), last)  # noqa: B023 (called at once)
+                last = done == total_steps
+                evaluates = config.eval_every and (done % config.eval_every == 0 or last)
+                saves = done % config.checkpoint_every == 0 or evaluates or last or stop.asked
+                log_events.step(values, waited)
+                if done % config.log_every == 0 or saves:
+                    log_events.take(done, float(setup.schedule(done - 1)))
                 score = None
-                if config.eval_every and (done % config.eval_every == 0 or done == total_steps):
+                if evaluates:
                     quick = evaluator.run(state.eval_params, (1, 1), reverse=False)
-                    log_events.write(done, evaluate.as_events(quick))
                     score = evaluate.mean_top1(quick)
-                if done % config.checkpoint_every == 0 or score is not None or last:
+                    if not last:
+                        log_events.write(done, evaluate.as_events(quick))
+                if saves:
                     checkpoints.save(done, state, score)
                 if stop.asked:
                     break
@@ -152,20 +158,21 @@ def train(config: ConfigDict, workdir: Path, force_config: bool = False) -> dict
                 checkpoints.wait()
                 raise Stopped(done)
             results = evaluator.run(state.eval_params, validate.views(config.eval.views), config.eval.reversed)
-            log_events.write(total_steps, evaluate.as_events(results))
+            if done > start or not folder.results.exists():  # a run that was finished before has its last event
+                log_events.write(total_steps, evaluate.as_events(results))
     content = evaluate.as_json(results, total_steps)
     if jax.process_index() == 0:
         evaluate.write_reports(results, folder.path)
         plots.learning_curves_png(folder.path / "curves.png", metrics.read_events(folder.path / "metrics.jsonl"))
-        metrics.write_whole(folder.path / "results.json", (json.dumps(content, indent=2) + "\n").encode())
+        metrics.write_whole(folder.results, (json.dumps(content, indent=2) + "\n").encode())
     return content
 
 
 class Log:
     """The progress bar and the events of a run: means over the steps since the last event, rate, and share of time that the device waited for data."""
 
-    def __init__(self, workdir: Path, config: ConfigDict, start: int, total_steps: int):
-        self._config, self._means = config, metrics.Summary()
+    def __init__(self, workdir: Path, batch_size: int, start: int, total_steps: int):
+        self._batch_size, self._means = batch_size, metrics.Summary()
         self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=None if jax.process_index() == 0 else True, dynamic_ncols=True)
         self._writer = metrics.MetricsWriter(workdir, start) if jax.process_index() == 0 else None
         self._restart_clock()
@@ -178,16 +185,17 @@ class Log:
         if self._writer:
             self._writer.close()
 
-    def step(self, done: int, values: dict, waited: float, learning_rate: Callable[[], float], last: bool) -> None:
-        """Counts one step, and writes an event when it is time. Waits for the device only then."""
+    def step(self, values: dict, waited: float) -> None:
+        """Counts one step; doesn't wait for the device."""
         self._means.add({f"train/{name}": value for name, value in values.items()})
         self._waited, self._steps = self._waited + waited, self._steps + 1
         self._bar.update()
-        if done % self._config.log_every and not last:
-            return
+
+    def take(self, done: int, learning_rate: float) -> None:
+        """Writes the means since the last event."""
         event = self._means.take()
         seconds = time.perf_counter() - self._began
-        event |= {"train/lr": learning_rate(), "train/examples_per_s": self._steps * self._config.batch_size / seconds}
+        event |= {"train/lr": learning_rate, "train/examples_per_s": self._steps * self._batch_size / seconds}
         event |= {"train/data_wait": min(self._waited / seconds, 1.0)}
         self.write(done, event)
         self._bar.set_postfix_str(f"loss {event['train/loss']:.3f}, {event['train/examples_per_s']:.0f} examples/s, data wait {event['train/data_wait']:.0%}")

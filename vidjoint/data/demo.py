@@ -1,8 +1,8 @@
 """The embedded dataset: real handwritten digits, still (PNG) and moving (H.264), written to disk once and then read like any user's files.
 
-A moving digit's state is four numbers that each live on a circle: x, y, size and angle. A motion turns one of them at constant speed, from a uniformly
-random state. So a single frame, even one whose place in the clip is known, says nothing about the motion, and a clip played backwards is a clip of the
-opposite motion, drawn from the same distribution. Images: scikit-learn's copy of the UCI Optical Recognition of Handwritten Digits test set (8 x 8, 0..16).
+A moving digit's state is four numbers that each live on a circle: x, y, size and angle. A motion turns one of them at constant speed, from a
+uniformly random state. So a single frame, even one whose place in the clip is known, says nothing about the motion, and a clip played backwards is a
+clip of the opposite motion, drawn from the same distribution. The digits are those of scikit-learn (8 x 8, 0..16; UCI Optical Recognition of Digits).
 """
 
 import os
@@ -33,15 +33,15 @@ MOTIONS = {  # name -> the circle that turns, and its sense; opposites stand sid
     "towards": (SIZE, 1), "away": (SIZE, -1), "clockwise": (ANGLE, 1), "counter-clockwise": (ANGLE, -1),
 }  # fmt: skip
 LABELS = {"appearance": tuple("0123456789"), "motion": tuple(MOTIONS)}
-# Share of its circle that a motion passes through in one clip. Of 8 evenly spaced frames, neighbours lie at most 1.1 / 7 = 0.16 turns apart, with random
-# jitter in 8 segments twice that; half a turn would be ambiguous. Angles turn less, because a 0 or an 8 looks the same after half a turn.
+# Share of its circle that a motion passes through in one clip. Of 8 evenly spaced frames, neighbours lie at most 1.1 / 7 = 0.16 turns apart,
+# and twice that if each is drawn at random from its eighth; half a turn would be ambiguous. Angles turn less: a 0 looks the same upside down.
 TRAVEL = {X: (0.6, 1.1), Y: (0.6, 1.1), SIZE: (0.6, 1.0), ANGLE: (0.4, 0.7)}
 
 
 def demo_folder(root: str = "") -> Path:
     """Returns the dataset's folder, `root/demo-1`, and writes it first if it isn't there (20 to 30 s on one core, 20 MB).
 
-    A folder of that name is always whole: it is written beside and then renamed, so of processes that start together each writes one and the first wins.
+    A folder of that name is always whole: it is written beside and then renamed. Processes that start together each write one, and the first wins.
 
     Args:
       root: where the folder lies. "": $VIDJOINT_CACHE, or else ~/.cache/vidjoint.
@@ -76,7 +76,7 @@ def demo_folder(root: str = "") -> Path:
 
 
 def write_demo(folder: Path, clips: dict[str, dict[str, int]]) -> None:
-    """Writes the dataset into an existing folder, with as many clips per task and split as `clips` says (see CLIPS); a small one is the start of a large one.
+    """Writes the dataset into an existing folder, with as many clips per task and split as `clips` says (like CLIPS; fewer are the first of more).
 
     `digits/{train,test}/<digit>/<number in scikit-learn's array>.png`: 32 x 32 grey stills, 1437 and 360.
     `{appearance,motion}/{train,test}_<i>_<label>.mp4` with `train.csv`, `test.csv` (lines `path label`) and `labels.txt` (one name per line).
@@ -127,8 +127,8 @@ def split_digits() -> dict[str, np.ndarray]:
 def plan_clip(task: str, split: str, i: int, digits: np.ndarray, splits: dict[str, np.ndarray]) -> tuple[int, np.ndarray]:
     """Decides clip `i` of a split: which picture moves (its number), and how, as states float64[T, 4] (see `turn`).
 
-    motion: any digit, any state, one long turn of the label's kind. appearance: a digit of the label's kind near the middle, upright and large, with a
-    short turn of any kind, so that the order of its frames says nothing about the label.
+    motion: any digit from any state, a long turn of the label's kind. appearance: the label's digit whole, about upright and near the middle, a short
+    turn of any kind, so that the order of its frames says nothing about the label.
     """
     rng = np.random.default_rng((SEED, list(LABELS).index(task), list(splits).index(split), i))
     frames = int(rng.integers(FRAMES[0], FRAMES[1] + 1))
@@ -149,9 +149,9 @@ def plan_clip(task: str, split: str, i: int, digits: np.ndarray, splits: dict[st
 
 
 def turn(start: np.ndarray, motion: str, travel: float, frames: int) -> np.ndarray:
-    """Returns the states float64[T, 4] of a motion: x, y (of the middle, shares of the side), log size and clockwise angle, each a place in 0..1 on a circle.
+    """Returns the states float64[T, 4] of a moving digit: places 0..1 on the circles of x and y (of its middle), log size and clockwise angle.
 
-    The circle that `motion` names turns by `travel` from the first frame to the last; the others stand still at their `start`, float64[4].
+    The circle that `motion` names turns by `travel` from the first frame to the last; the others keep their `start`, float64[4].
     """
     axis, sense = MOTIONS[motion]
     states = np.tile(np.asarray(start, float), (frames, 1))
@@ -162,7 +162,7 @@ def turn(start: np.ndarray, motion: str, travel: float, frames: int) -> np.ndarr
 def draw(picture: np.ndarray, states: np.ndarray) -> np.ndarray:
     """Draws a digit, float[8, 8] in 0..16, in each of the states float[T, 4], white on black and wrapped around the edges: uint8[T, 32, 32].
 
-    The picture is enlarged once (bicubic, 16 times, with a black margin of one of its pixels); each pixel then looks up the nearest of the enlarged ones.
+    The picture gets a black margin and is enlarged 16 times (bicubic), once; each pixel then looks up the nearest of the enlarged ones.
     """
     fine = 16
     margin = np.pad(picture, 1).astype(np.float32) * (255 / 16)
@@ -183,10 +183,10 @@ def draw(picture: np.ndarray, states: np.ndarray) -> np.ndarray:
 def write_video(file: Path, frames: np.ndarray) -> None:
     """Writes grey frames uint8[T, H, W] (H, W even) as an H.264 file with B-frames and a keyframe every 12 frames: the same bytes every time.
 
-    So one thread, and no macroblock-tree rate control: with it, x264 wrote a few files in a hundred differently from run to run (measured at this size).
+    So one thread, and no macroblock-tree rate control: with it, x264 wrote a few files in a hundred differently from run to run (measured here).
 
-    Black goes to luma 1, below video black (16), white to video white (235). Decoders clip what lies below 16, and with it the faint ghosts of earlier and
-    later frames that compression leaves on the background: from those, one frame told a random forest the motion in 27 % of clips instead of 12.5 %.
+    Black goes to luma 1, below video black (16), and white to video white (235). Decoders clip what lies below 16, and with it the faint ghosts of
+    other frames that compression leaves on the background: from those, a random forest told the motion by one frame in 27 % of clips, not in 12.5 %.
     """
     height, width = frames.shape[1:]
     planes = np.full((len(frames), height * 3 // 2, width), 128, np.uint8)  # yuv420p: luma, then both chroma planes, here colourless

@@ -237,8 +237,8 @@ class _LoadClip(grain.transforms.RandomMap):
         task, bad = self.task, []
         for substitute in range(min(MAX_SUBSTITUTES, len(task.train))):
             source_index = (int(index) + substitute) % len(task.train)
-            example = task.train[source_index]
             try:
+                example = task.train[source_index]
                 pixels = training_clip(example, task.clip, rng)
             except DecodeError as error:
                 bad.append((task.name, source_index, str(error)))
@@ -258,9 +258,9 @@ class _LoadViews(grain.transforms.Map):
         row = {**_blank((self.temporal * self.spatial, *task.clip.shape)), "task": np.int32(task.index), "index": np.int32(index)}
         if index >= len(task.val):
             return row
-        example = task.val[index]
-        row["label"] = np.int32(example["label"])
         try:
+            example = task.val[index]
+            row["label"] = np.int32(example["label"])
             return {**row, "pixels": views(example, task.clip, self.temporal, self.spatial), "mask": True}
         except DecodeError as error:
             return {**row, "bad": [(task.name, index, str(error))]}

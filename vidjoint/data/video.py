@@ -145,10 +145,13 @@ class Video:
     def _open(self) -> None:
         self.close()
         self._container = self._opened.enter_context(_open_container(self._file, self._max_pixels))
+        self._untouched = True
 
     def _start(self, index: int) -> None:
-        """Opens the file anew and stands on the first frame of stream `index`."""
-        self._open()
+        """Stands on the first frame of stream `index`, in a file opened anew unless nothing has been read yet."""
+        if not self._untouched:
+            self._open()
+        self._untouched = False
         stream = self._stream = self._container.streams[index]
         context = stream.codec_context
         if context is None:
@@ -362,7 +365,11 @@ def _open_file(file: str | Path | bytes) -> io.IOBase:
 def _open_container(file: str | Path | bytes, max_pixels: int) -> Iterator[av.container.InputContainer]:
     with _open_file(file) as opened:
         options = {**_codec_options(max_pixels), "protocol_whitelist": "none"}  # playlists may not open anything else
-        with av.open(opened, "r", buffer_size=1 << 16, options=options, metadata_errors="replace") as container:
+        try:
+            container = av.open(opened, "r", buffer_size=1 << 16, options=options, metadata_errors="replace")
+        except av.error.FFmpegError as error:
+            raise DecodeError(f"no video, or damaged at its head: {_reason(error)}") from None
+        with container:
             yield container
 
 

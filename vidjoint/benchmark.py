@@ -1,0 +1,240 @@
+"""Measures an experiment on this machine: its model, its training step, its input pipeline.
+
+python -m vidjoint.benchmark --config=configs/demo.py [--what=model,step,data] [--json=FILE]
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vidjoint import config as config_module
+from vidjoint import sharding, step, validate
+from vidjoint.config import task_config
+from vidjoint.data import clips, transforms
+from vidjoint.data.mixture import clip_spec
+from vidjoint.data.video import Video
+from vidjoint.errors import UserError, command
+from vidjoint.models.build import build, count_parameters
+from vidjoint.optim import split_frozen
+from vidjoint.train import Setup, initial_state, prepare
+
+PARTS = ("model", "step", "data")
+FRAMES, HEIGHT, WIDTH, GOP = 300, 256, 340, 30  # the file that decoding is measured on: 10 s of a Kinetics clip as commonly stored
+
+
+def macs(function: Callable, *args) -> int:
+    """Multiply-accumulate operations of all matrix products in `function(*args)`, counted from its jaxpr (arguments may be abstract)."""
+    return _macs(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _macs(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            total += math.prod(equation.outvars[0].aval.shape) * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += repeats * _macs(inner)
+    return total
+
+
+def median_seconds(function: Callable, repeats: int = 5) -> float:
+    """Median duration of `function()` after one call that warms up; waits for the device each time."""
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s that one device reaches in a large matrix product of this type: the yardstick of MFU."""
+    side = 1024 if jax.default_backend() == "cpu" else 8192
+    a, b = (jax.random.normal(jax.random.key(i), (side, side)).astype(dtype) for i in (0, 1))
+    return 2 * side**3 / median_seconds(lambda product=jax.jit(jnp.matmul): product(a, b))
+
+
+def measure_model(config) -> dict:
+    """Parameters, and MACs of one view of the largest clip among the tasks; needs no data (a task without `classes` counts as 1000)."""
+    model = build(config.model, {name: task.classes or 1000 for name, task in config.tasks.items()})
+    params = model.abstract()
+    shape = max((clip_spec(config, name).shape for name in config.tasks), key=math.prod)
+    trained, _ = split_frozen(params, config.optim.freeze)
+    pixels = jax.ShapeDtypeStruct((1, *shape), np.uint8)
+    return {
+        "params": count_parameters(params),
+        "trainable_params": count_parameters(trained),
+        "macs_per_view": macs(model.logits, params, pixels),
+        "view": "x".join(map(str, shape[:3])),
+    }
+
+
+def measure_step(setup: Setup) -> dict:
+    """The training step on the batches of the first steps, already decoded and on the devices; forward passes likewise."""
+    rounds = len(setup.mixture.streams) if len(setup.mixture.plan(0)) == 1 else 1  # a round robin's steps differ: time one whole round
+    tuples = [tuple(sharding.put_batch(batch, setup.mesh) for batch in setup.mixture.step(i)) for i in range(rounds)]
+    state, model = initial_state(setup), setup.model
+    params = state.eval_params
+    began = time.perf_counter()
+    compiled = setup.train_step.lower(state, tuples[0]).compile()
+    compile_seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+
+    forward = jax.jit(model.logits)
+    forward_seconds = median_seconds(lambda: [forward(params, batch["pixels"]) for batches in tuples for batch in batches]) / rounds
+
+    held = [state]
+
+    def update():
+        for batches in tuples:
+            held[0], values = setup.train_step(held[0], batches)
+        return values
+
+    train_seconds = median_seconds(update) / rounds
+    examples = setup.config.batch_size
+    step_macs = sum(macs(model.logits, params, batch["pixels"]) for batches in tuples for batch in batches) / rounds
+    peak = matmul_peak(setup.model.spec.dtype) * jax.device_count()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "train_clips_per_s": examples / train_seconds,
+        "forward_clips_per_s": examples / forward_seconds,
+        "ms_per_step": 1000 * train_seconds,
+        "train_flops_per_s": 6 * step_macs / train_seconds,
+        "matmul_peak_flops_per_s": peak,
+        "mfu": 6 * step_macs / train_seconds / peak,
+        "peak_bytes": stats.get("peak_bytes_in_use") or (memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else None),
+        "compile_s": compile_seconds,
+    }
+
+
+def write_sample(path: Path) -> None:
+    """A 10-second H.264 clip of 340 x 256 pixels with motion and texture, so that it decodes like camera footage of about 2 Mbit/s."""
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 256, (HEIGHT // 4 + 80, WIDTH // 4 + 80, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"bit_rate": "2000000", "g": str(GOP), "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = WIDTH, HEIGHT, "yuv420p", 2_000_000
+        for t in range(FRAMES):
+            x, y = int(150 + 140 * math.sin(t / 40)), int(150 + 140 * math.cos(t / 55))
+            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(texture[y : y + HEIGHT, x : x + WIDTH]))):
+                container.mux(packet)
+        container.mux(stream.encode())
+
+
+def decode_rate(frames: int = 8, repeats: int = 10) -> float:
+    """Clips per second on one core: `frames` of 300, spread over the file, resized and cropped to 224 x 224."""
+    task = task_config(sampler="uniform", crop="short_side", short_side=(256, 256))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sample.mp4"
+        write_sample(path)
+
+        def clip(seed):
+            rng = np.random.default_rng(seed)
+            with Video(path) as video:
+                geometry = transforms.train_geometry(video.info.height, video.info.width, task, (224, 224), rng)
+                return video.read(clips.train_times(video.info, frames, task, rng), geometry)
+
+        clip(0)
+        times = []
+        for seed in range(repeats):
+            began = time.perf_counter()
+            clip(seed)
+            times.append(time.perf_counter() - began)
+        return 1 / statistics.median(times)
+
+
+def measure_data(setup: Setup, steps: int = 30) -> dict:
+    """Examples per second that the pipeline delivers by itself, and the share of a training run that waits for it."""
+    batches = setup.mixture.iterate(0)
+    for _ in range(3):
+        next(batches)
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(batches)
+    alone = steps * setup.config.batch_size / (time.perf_counter() - began)
+    batches.close()
+
+    state, batches, waited, previous = initial_state(setup), setup.mixture.iterate(0), 0.0, None
+    for i in range(steps + 5):
+        if i == 5:  # compiled and warm
+            jax.block_until_ready(previous)
+            began, waited = time.perf_counter(), 0.0
+        start = time.perf_counter()
+        arrays = tuple(sharding.put_batch(batch, setup.mesh) for batch in next(batches))
+        if previous is None or previous.is_ready():
+            waited += time.perf_counter() - start
+        if previous is not None:
+            previous.block_until_ready()
+        state, values = setup.train_step(state, arrays)
+        previous = values["loss"]
+    jax.block_until_ready(previous)
+    batches.close()
+    return {
+        "pipeline_clips_per_s": alone,
+        "wait_share": waited / (time.perf_counter() - began),
+        "decode_8_of_300_clips_per_s_per_core": decode_rate(),
+    }
+
+
+@command
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vidjoint.benchmark",
+        description=__doc__.partition("\n")[0],
+        epilog="mfu = 6 x MACs of the forward pass x steps/s / the FLOP/s of a large matrix product measured here, in the model's dtype. "
+        "Medians of 5 after a warm-up. Keys of the config can be set by --config.KEY=VALUE.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]", help="experiment")
+    parser.add_argument("--what", default=",".join(PARTS), help=f"comma-separated parts of {','.join(PARTS)}; model needs no data (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    args, rest = parser.parse_known_args(argv)
+    what = args.what.split(",")
+    if unknown := [part for part in what if part not in PARTS]:
+        raise UserError(f"--what={','.join(unknown)}: choose from {', '.join(PARTS)}")
+    config, _ = config_module.parse([f"--config={args.config}", *rest])
+    problems = validate.check(config)
+    if problems:
+        raise UserError(*problems)
+    figures = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__}
+    setup = prepare(config) if {"step", "data"} & set(what) else None
+    if "model" in what:
+        figures["model"] = measure_model(config)
+    if "step" in what:
+        figures["step"] = measure_step(setup)
+    if "data" in what:
+        figures["data"] = measure_data(setup)
+    for part in figures:
+        for key, value in figures[part].items() if isinstance(figures[part], dict) else [("", figures[part])]:
+            print(f"{part:<6} {key:<38} {value if isinstance(value, str) else _number(value)}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def _number(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(value) >= size:
+            return f"{value / size:,.2f} {unit}"
+    return f"{value:,.4g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
