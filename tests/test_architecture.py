@@ -1,6 +1,7 @@
 """Imports run downwards only: commands -> train, evaluate -> step -> models, losses; data knows nothing of models, models nothing of data."""
 
 import ast
+import importlib.util
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def imported(name: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
-            base = ".".join([*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [node.module])]) if node.level else node.module
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             names |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names}
     return names
 

@@ -131,19 +131,24 @@ def test_parameters_are_read_without_the_optimiser(tmp_path):
     with Checkpoints(tmp_path, keep=2) as saved:
         for step, metric in enumerate([0.1, 0.8, None]):
             saved.save(step, make_state(step, ema=True), metric)
-    for step, expected in ((None, 1), (2, 2)):  # None: the best
-        params = load_params(tmp_path, step)
+    for step, expected in ((None, 2), (1, 1), ("best", 1)):  # None: the newest
+        found, params = load_params(tmp_path, step)
+        assert found == expected
         assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
         state = make_state(expected)
         chex.assert_trees_all_equal(params, {"params": state.params, "frozen": {}, "ema": state.params}, strict=True)
 
 
-def test_parameters_of_a_run_without_metrics_are_the_newest(tmp_path):
+def test_a_run_without_metrics_has_no_best_parameters(tmp_path):
     with Checkpoints(tmp_path, keep=2) as saved:
         saved.save(1, make_state(1))
         saved.save(2, make_state(2))
     before = sorted(tmp_path.rglob("*"))
-    chex.assert_trees_all_equal(load_params(tmp_path), {"params": make_state(2).params, "frozen": {}, "ema": {}}, strict=True)
+    step, params = load_params(tmp_path)
+    assert step == 2
+    chex.assert_trees_all_equal(params, {"params": make_state(2).params, "frozen": {}, "ema": {}}, strict=True)
+    with pytest.raises(UserError, match="no best checkpoint"):
+        load_params(tmp_path, "best")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -248,7 +253,7 @@ def test_a_save_that_is_killed_leaves_the_checkpoint_before_and_no_rubbish(tmp_p
     )
     assert done.returncode == -signal.SIGKILL
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name != "1"], "the save was over before the kill: make it larger"
-    assert load_params(tmp_path)["params"]["a"].tolist() == [1] * 8
+    assert load_params(tmp_path)[1]["params"]["a"].tolist() == [1] * 8
     with Checkpoints(tmp_path, keep=2) as saved:
         assert saved.latest() == 1
         saved.save(2, {"params": {"a": jnp.ones(8)}})
@@ -274,7 +279,7 @@ def test_a_full_disk_is_an_error_of_one_line_and_the_checkpoint_before_stays_who
     )
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith(f"{tmp_path}/checkpoints: a checkpoint could not be saved") and done.stdout.count("\n") == 1
-    assert load_params(tmp_path)["params"]["a"].shape == (8,)
+    assert load_params(tmp_path)[1]["params"]["a"].shape == (8,)
 
 
 def test_nothing_is_printed(tmp_path):

@@ -4,7 +4,6 @@ python -m vidjoint.benchmark --config=configs/demo.py [--what=model,step,data] [
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -17,39 +16,72 @@ import av
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from vidjoint import config as config_module
-from vidjoint import sharding, step, validate
+from vidjoint import sharding, validate
 from vidjoint.config import task_config
 from vidjoint.data import clips, transforms
 from vidjoint.data.mixture import clip_spec
 from vidjoint.data.video import Video
 from vidjoint.errors import UserError, command
+from vidjoint.evaluate import check_writable, write_json
 from vidjoint.models.build import build, count_parameters
 from vidjoint.optim import split_frozen
 from vidjoint.train import Setup, initial_state, prepare
 
 PARTS = ("model", "step", "data")
+TEXTS = {  # the figures for people: what they are, and how they are written
+    "params": ("parameters", "{:,}"),
+    "trainable_params": ("of them trained", "{:,}"),
+    "macs_per_view": ("multiply-accumulates of one view of its largest clip", "{}"),
+    "view": ("frames x height x width of that view", "{}"),
+    "train_clips_per_s": ("training, clips and images per second", "{:,.1f}"),
+    "forward_clips_per_s": ("forward only", "{:,.1f}"),
+    "ms_per_step": ("one training step, ms", "{:,.1f}"),
+    "train_flops_per_s": ("FLOP/s of training", "{}"),
+    "matmul_peak_flops_per_s": ("FLOP/s of a large matrix product", "{}"),
+    "mfu": ("share of that reached (MFU)", "{:.1%}"),
+    "peak_bytes": ("memory of one device, bytes", "{}"),
+    "compile_s": ("compiling the step, s", "{:.1f}"),
+    "pipeline_clips_per_s": ("decoding alone, clips and images per second", "{:,.1f}"),
+    "wait_share": ("share of training that waits for data", "{:.1%}"),
+    "decode_8_of_300_clips_per_s_per_core": ("8 of 300 frames of 340 x 256 H.264, clips per second and core", "{:.1f}"),
+}
 FRAMES, HEIGHT, WIDTH, GOP = 300, 256, 340, 30  # the file that decoding is measured on: 10 s of a Kinetics clip as commonly stored
 
 
 def macs(function: Callable, *args) -> int:
-    """Multiply-accumulate operations of all matrix products in `function(*args)`, counted from its jaxpr (arguments may be abstract)."""
+    """Multiply-accumulate operations of all matrix products and convolutions in `function(*args)`, counted from its jaxpr.
+
+    Arguments may be abstract. Of a `cond` the costliest branch counts; a `while` loop's body counts once, for nobody knows its number of turns.
+    """
     return _macs(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def _macs(jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            contracted = equation.params["dimension_numbers"][0][0]
+        kind, params = equation.primitive.name, equation.params
+        inner = [_macs(jaxpr) for jaxpr in _inner_jaxprs(params)]
+        if kind == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
             total += math.prod(equation.outvars[0].aval.shape) * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += repeats * _macs(inner)
+        elif kind == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            total += math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+        elif kind == "cond":
+            total += max(inner)
+        else:  # a scan, or a wrapper such as jit, remat or custom_vjp
+            total += params.get("length", 1) * sum(inner) if kind == "scan" else sum(inner)
     return total
+
+
+def _inner_jaxprs(params: dict) -> list:
+    """The programs among an equation's parameters."""
+    values = (item for value in params.values() for item in (value if isinstance(value, tuple | list) else [value]))
+    jaxprs = (getattr(value, "jaxpr", value) for value in values)
+    return [jaxpr for jaxpr in jaxprs if hasattr(jaxpr, "eqns")]
 
 
 def median_seconds(function: Callable, repeats: int = 5) -> float:
@@ -67,7 +99,8 @@ def matmul_peak(dtype: str) -> float:
     """FLOP/s that one device reaches in a large matrix product of this type: the yardstick of MFU."""
     side = 1024 if jax.default_backend() == "cpu" else 8192
     a, b = (jax.random.normal(jax.random.key(i), (side, side)).astype(dtype) for i in (0, 1))
-    return 2 * side**3 / median_seconds(lambda product=jax.jit(jnp.matmul): product(a, b))
+    product = jax.jit(jnp.matmul)
+    return 2 * side**3 / median_seconds(lambda: product(a, b))
 
 
 def measure_model(config) -> dict:
@@ -91,24 +124,23 @@ def measure_step(setup: Setup) -> dict:
     tuples = [tuple(sharding.put_batch(batch, setup.mesh) for batch in setup.mixture.step(i)) for i in range(rounds)]
     state, model = initial_state(setup), setup.model
     params = state.eval_params
-    began = time.perf_counter()
-    compiled = setup.train_step.lower(state, tuples[0]).compile()
-    compile_seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
+    step_macs = sum(macs(model.logits, params, batch["pixels"]) for batches in tuples for batch in batches) / rounds
 
     forward = jax.jit(model.logits)
     forward_seconds = median_seconds(lambda: [forward(params, batch["pixels"]) for batches in tuples for batch in batches]) / rounds
 
-    held = [state]
+    began = time.perf_counter()
+    compiled = [setup.train_step.lower(state, batches).compile() for batches in tuples]
+    compile_seconds = time.perf_counter() - began
 
     def update():
-        for batches in tuples:
-            held[0], values = setup.train_step(held[0], batches)
+        nonlocal state
+        for step, batches in zip(compiled, tuples, strict=True):
+            state, values = step(state, batches)
         return values
 
     train_seconds = median_seconds(update) / rounds
-    examples = setup.config.batch_size
-    step_macs = sum(macs(model.logits, params, batch["pixels"]) for batches in tuples for batch in batches) / rounds
+    examples, memory = setup.config.batch_size, compiled[0].memory_analysis()
     peak = matmul_peak(setup.model.spec.dtype) * jax.device_count()
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
@@ -159,7 +191,7 @@ def decode_rate(frames: int = 8, repeats: int = 10) -> float:
         return 1 / statistics.median(times)
 
 
-def measure_data(setup: Setup, steps: int = 30) -> dict:
+def measure_data(setup: Setup, steps: int = 20) -> dict:
     """Examples per second that the pipeline delivers by itself, and the share of a training run that waits for it."""
     batches = setup.mixture.iterate(0)
     for _ in range(3):
@@ -196,44 +228,47 @@ def measure_data(setup: Setup, steps: int = 30) -> dict:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vidjoint.benchmark",
+        usage="%(prog)s --config=FILE[:ARGUMENT] [--what=model,step,data] [--json=FILE] [--config.KEY=VALUE ...]",
         description=__doc__.partition("\n")[0],
         epilog="mfu = 6 x MACs of the forward pass x steps/s / the FLOP/s of a large matrix product measured here, in the model's dtype. "
-        "Medians of 5 after a warm-up. Keys of the config can be set by --config.KEY=VALUE.",
+        "Medians of 5 after a warm-up. Any key of the experiment can be set by --config.KEY=VALUE.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]", help="experiment")
-    parser.add_argument("--what", default=",".join(PARTS), help=f"comma-separated parts of {','.join(PARTS)}; model needs no data (default: all)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]", help="experiment, as in configs/demo.py; its data must be there")
+    parser.add_argument("--what", default=",".join(PARTS), metavar="PARTS", help="comma-separated: model (needs no data), step, data (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     args, rest = parser.parse_known_args(argv)
     what = args.what.split(",")
     if unknown := [part for part in what if part not in PARTS]:
         raise UserError(f"--what={','.join(unknown)}: choose from {', '.join(PARTS)}")
+    check_writable(args.json)
     config, _ = config_module.parse([f"--config={args.config}", *rest])
     problems = validate.check(config)
     if problems:
         raise UserError(*problems)
     figures = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__}
+    print(f"{figures['device']}, jax {figures['jax']}", flush=True)
     setup = prepare(config) if {"step", "data"} & set(what) else None
-    if "model" in what:
-        figures["model"] = measure_model(config)
-    if "step" in what:
-        figures["step"] = measure_step(setup)
-    if "data" in what:
-        figures["data"] = measure_data(setup)
-    for part in figures:
-        for key, value in figures[part].items() if isinstance(figures[part], dict) else [("", figures[part])]:
-            print(f"{part:<6} {key:<38} {value if isinstance(value, str) else _number(value)}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+    measures = {"model": lambda: measure_model(config), "step": lambda: measure_step(setup), "data": lambda: measure_data(setup)}
+    with tqdm(total=len(what), disable=None, leave=False, bar_format="measuring {desc} ({n} of {total} done)") as bar:
+        for part in [part for part in PARTS if part in what]:
+            bar.set_description_str(part)
+            figures[part] = measures[part]()
+            bar.update()
+            bar.write("\n".join([f"{part}:", *(f"  {TEXTS[key][0]:<62} {as_text(key, value):>12}" for key, value in figures[part].items())]))
+    write_json(args.json, figures)
     return 0
 
 
-def _number(value: float | int | None) -> str:
+def as_text(key: str, value: float | str | None) -> str:
+    """A figure as the table shows it, large ones in M, G or T."""
     if value is None:
-        return "-"
+        return "unknown"
+    text = TEXTS[key][1]
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if abs(value) >= size:
+        if text == "{}" and not isinstance(value, str) and value >= size:
             return f"{value / size:,.2f} {unit}"
-    return f"{value:,.4g}"
+    return text.format(value)
 
 
 if __name__ == "__main__":

@@ -113,16 +113,15 @@ class Checkpoints:
         return UserError(f"{self.folder}: a checkpoint could not be saved ({_reason(error)}); the earlier ones are whole")
 
 
-def load_params(workdir: str | Path, step: int | None = None) -> dict[str, dict]:
+def load_params(workdir: str | Path, step: int | str | None = None) -> tuple[int, dict[str, dict]]:
     """Reads the parameters of a run without knowing its optimiser, mesh or devices; nothing is written.
 
     Args:
       workdir: the run's folder.
-      step: None takes the best checkpoint if the run recorded a metric, else the newest: what one wants to predict with. Training itself resumes from
-        the newest.
+      step: a number, "best" (by the metric that was saved with it) or None, the newest.
 
     Returns:
-      {"params": ..., "frozen": ..., "ema": ...}: nested dicts of numpy arrays, {} for a part that the run did not have.
+      The step, and {"params": ..., "frozen": ..., "ema": ...}: nested dicts of numpy arrays, {} for a part that the run did not have.
 
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
@@ -131,11 +130,14 @@ def load_params(workdir: str | Path, step: int | None = None) -> dict[str, dict]
     if not folder.is_dir():
         raise UserError(f"{folder}: no checkpoints there; give the --workdir of a run that has saved one")
     with _open(folder, read_only=True, create=False) as manager:
-        best = manager.best_step()
-        step = _choose(folder, manager.all_steps(), step, manager.latest_step() if best is None else best)
+        if step == "best" and manager.latest_step() is not None:
+            step = manager.best_step()
+            if step is None:
+                raise UserError(f"{folder}: no best checkpoint, for the run has not evaluated any; take the newest, or set eval_every")
+        step = _choose(folder, manager.all_steps(), step, manager.latest_step())
     saved = _metadata(folder, step)
     wanted = {part: saved[part] for part in PARTS if saved.get(part)}
-    return {part: {} for part in PARTS} | _read(folder, step, jax.tree.map(lambda x: np.empty((), x.dtype), wanted), partial=True)
+    return step, {part: {} for part in PARTS} | _read(folder, step, jax.tree.map(lambda x: np.empty((), x.dtype), wanted), partial=True)
 
 
 def _open(folder: Path, **options) -> ocp.CheckpointManager:
@@ -149,7 +151,7 @@ def _metric(metrics: dict[str, float]) -> float:
     return metrics["metric"]
 
 
-def _choose(folder: Path, steps, step: int | None, default: int | None) -> int:
+def _choose(folder: Path, steps, step: int | str | None, default: int | None) -> int:
     """The step to read: `step` if given, else `default`. Raises UserError if it is not among the saved `steps`."""
     if not steps:
         raise UserError(f"{folder}: no checkpoints there; give the --workdir of a run that has saved one")

@@ -4,14 +4,20 @@ An experiment (`configs/*.py`) starts from `base_config()`, changes a few keys a
 error, in a file as on the command line (`--config.optim.lr=1e-3`). A dataset is an entry of `tasks`, made by `task_config()`.
 """
 
+import difflib
+import importlib.util
 import json
 import re
+import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vidjoint.errors import UserError
+
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}  # types of values, in words
 
 
 def base_config() -> ConfigDict:
@@ -53,6 +59,7 @@ def base_config() -> ConfigDict:
     m.frames = 8  # frames per clip (images have one); any number works at run time, tables are resized
     m.image_size = 224  # side of the square input in pixels; a task may differ
     m.mixer = "none"  # how frames talk: none, divided, joint, token_shift
+    m.temporal_init = "zero"  # zero: time table and temporal branch start as the identity, for pretrained models; random: for training from scratch
     m.pool = "class_token"  # class_token: mean of the frames' class tokens (late fusion); average: mean of all patches
     m.class_token = True  # False: no class token; pool must be average
     m.dtype = "bfloat16"  # compute type; parameters, softmax and losses stay float32. On a CPU float32 is faster
@@ -64,7 +71,6 @@ def base_config() -> ConfigDict:
     m.mean = (0.5, 0.5, 0.5)  # RGB mean of the inputs in 0..1: must be that of pretrained weights
     m.std = (0.5, 0.5, 0.5)  # RGB standard deviation, likewise
     m.divided = ConfigDict()  # mixer divided (TimeSformer)
-    m.divided.temporal_init = "zero"  # zero: the branch starts as the identity; random: better from scratch
     m.divided.image_temporal = "affine"  # at one frame: affine (softmax over one key, CoVeR appendix A), or skip the branch
     m.token_shift = ConfigDict()  # mixer token_shift (TokenShift, IV-ViT)
     m.token_shift.tokens = "class"  # class: only the class token moves (the papers); all: every token (needed from scratch)
@@ -151,58 +157,147 @@ def task_config(**changes) -> ConfigDict:
     t.lock()
     unknown = sorted(set(changes) - set(t))
     if unknown:
-        raise KeyError(f"unknown task keys {unknown}; known: {sorted(t)}")
+        raise KeyError(", ".join(f"a task has no key {key!r}{_nearest(key, t)}" for key in unknown))
     t.update(changes)
     return t
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, str]:
-    """Reads `--config=FILE[:ARGUMENT]` and `--config.a.b=value` flags.
+    """Reads `--config=FILE[:ARGUMENT]` and any number of `--config.KEY=VALUE`.
 
     Returns:
       The config and its name (the file's, with the argument if there is one: cover_jft_high_res).
 
     Raises:
-      UserError: no such file, unknown key, or a value of the wrong type.
+      UserError: no such file, an error in it, unknown keys or values of a wrong type; all that can be found, together.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    given = [re.match(r"--?config=(.*)", arg) for arg in argv]
-    paths = [match[1] for match in given if match]
-    if not paths:
-        raise UserError("--config is missing: name an experiment, as in --config=configs/demo.py")
-    file, _, argument = paths[-1].partition(":")
-    if not Path(file).is_file():
-        raise UserError(f"--config={paths[-1]}: there is no file {file}")
-    try:
-        left = values(["vidjoint", *argv])[1:]
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"config: {str(error).strip(chr(39)).splitlines()[0]}") from error
-    if left:
-        raise UserError(f"unknown arguments {' '.join(left)}: see --help")
-    return values.config, "_".join(filter(None, [Path(file).stem, argument.replace(",", "_")]))
+    path, changes, problems = "", [], []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if match := re.fullmatch(r"--?config(?:=(.*))?", word):
+            path = match[1] if match[1] is not None else words.pop(0) if words else ""
+        elif re.match(r"--?(no)?config\.", word):
+            spaced = "=" not in word and words and not re.match(r"--?\D", words[0])  # --config.KEY VALUE
+            changes.append(f"{word}={words.pop(0)}" if spaced else word)
+        else:
+            problems.append(f"unknown argument {word}: see --help")
+    if not path:
+        raise UserError("--config is missing: name an experiment, as in --config=configs/demo.py", *problems)
+    file, colon, argument = path.partition(":")
+    config = _load_file(Path(file), [argument] if colon else [])
+    for change in changes:
+        problems += _override(config, change)
+    if problems:
+        raise UserError(*problems)
+    return config, "_".join(filter(None, [Path(file).stem, argument.replace(",", "_")]))
 
 
-def save(config: ConfigDict, path: Path) -> None:
-    """Writes a config as JSON, readable by `load` and by people."""
-    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+def as_json(config: ConfigDict) -> str:
+    """A config as text that `load` and people can read."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
 def load(path: Path) -> ConfigDict:
-    """Reads what `save` wrote back into the locked schema; keys that the file lacks keep their defaults."""
-    stored = json.loads(path.read_text())
-    config, tasks = base_config(), stored.pop("tasks")
-    _update(config, stored)
-    for name, settings in tasks.items():
-        config.tasks[name] = task_config()
-        _update(config.tasks[name], settings)
+    """Reads a file of `as_json` back into the locked schema; keys that the file lacks keep their defaults.
+
+    Raises:
+      UserError: the file is damaged, or has keys or values that this schema does not know.
+    """
+    config = base_config()
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        tasks = stored.pop("tasks")
+        _update(config, stored)
+        for name, settings in tasks.items():
+            config.tasks[name] = task_config()
+            _update(config.tasks[name], settings)
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise UserError(f"{path} is damaged or of another version of vidjoint ({_reason(error)}): mend it, or start in another folder") from error
     return config
 
 
 def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """Keys in which two configs differ, as `key: old -> new` lines."""
+    """Keys in which two configs differ, as `key: old -> new` lines; a task that only one of them has is one line."""
+    lines = [f"tasks.{name}: there -> not there" for name in sorted(set(old.tasks) - set(new.tasks))]
+    lines += [f"tasks.{name}: not there -> there" for name in sorted(set(new.tasks) - set(old.tasks))]
+    alone = tuple(line.partition(":")[0] + "." for line in lines)
     old, new = _flat(old.to_dict()), _flat(new.to_dict())
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(alone)]
+    return lines + [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys]
+
+
+def _load_file(file: Path, arguments: list[str]) -> ConfigDict:
+    """Runs `get_config(*arguments)` of an experiment's file; the config is checked against the schema and locked."""
+    if not file.is_file():
+        raise UserError(f"--config={file}: there is no such file")
+    spec = importlib.util.spec_from_file_location("experiment", file)
+    if spec is None:
+        raise UserError(f"--config={file}: an experiment is a Python file (NAME.py) with a function get_config")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{file} has no function get_config")
+        config = module.get_config(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).absolute().parent == file.absolute().parent]
+        where = f"{frames[-1].filename} line {frames[-1].lineno}" if frames else f"{file}"
+        where = f"{file} line {error.lineno}" if isinstance(error, SyntaxError) else where
+        raise UserError(f"{where}: {_reason(error)}") from error
+
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{file}: get_config() returns no config: start from vidjoint.config.base_config() and return it")
+    wanted, problems = _flat(base_config().to_dict()), []
+    for name, task in (config.tasks if isinstance(config.get("tasks"), ConfigDict) else {}).items():
+        if not isinstance(task, ConfigDict):
+            problems.append(f"{file}: tasks.{name} is no task: add it with config.tasks.{name} = task_config(...)")
+        wanted |= {f"tasks.{name}.{key}": value for key, value in task_config().items()}
+    found = _flat(config.to_dict())
+    problems += [f"{file}: unknown key {key}{_nearest(key, wanted)}" for key in sorted(found.keys() - wanted.keys())]
+    problems += [f"{file}: {key} is missing: start from base_config(), make tasks by task_config()" for key in sorted(wanted.keys() - found.keys())]
+    if problems:
+        raise UserError(*problems)
+    return config.lock()
+
+
+def _override(config: ConfigDict, change: str) -> list[str]:
+    """Makes one `--config.KEY=VALUE` change in place (for a bool also --config.KEY and --noconfig.KEY); returns what is wrong with it."""
+    known = _flat(config.to_dict())
+    key = re.sub(r"^--?(no)?config\.", "", change.partition("=")[0])
+    if group := sorted(name for name in known if name.startswith(f"{key}.")):
+        return [f"{change}: {key} holds several keys: set one of {', '.join(group)}"]
+    if key not in known:
+        return [f"{change}: there is no key {key}{_nearest(key, known)}"]
+    argv, values = ["", change], flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        values(argv)
+    except (flags.Error, ValueError, TypeError):
+        return [f"{change}: {key} takes {KINDS[type(known[key])]}; it is {known[key]!r} now"]
+    return []
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    """Names the known key that is most like an unknown one, to be appended to a message."""
+    last_words = {name.rpartition(".")[2]: name for name in known}
+    close = difflib.get_close_matches(key, known, 1, 0.75)
+    close = close or [last_words[word] for word in difflib.get_close_matches(key.rpartition(".")[2], last_words, 1, 0.5)]
+    close = close or difflib.get_close_matches(key, known, 1, 0.4)
+    return f"; the nearest is {close[0]}" if close else f" (all are in {__file__})"
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line, with the messages of ml_collections shortened."""
+    text = str(error.args[0] if error.args else error).strip()
+    if match := re.match(r"'?Key \"(\w+)\" does not exist", text):
+        return f"there is no key {match[1]}{_nearest(match[1], [*_flat(base_config().to_dict()), *task_config()])}"
+    if match := re.match(r"Could not override field '(\w+)'.*?\. (.*) is of original type", text, re.DOTALL):
+        return f"{match[1]} cannot be {match[2]!r}: that is of another type"
+    line = next(iter(text.splitlines()), "")
+    return line if isinstance(error, ValueError | KeyError) and " " in line else f"{type(error).__name__}: {line}"
 
 
 def _update(config: ConfigDict, values: dict) -> None:

@@ -7,7 +7,9 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +20,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from vidjoint import metrics, plots, sharding, validate
-from vidjoint.classifier import Classifier
+from vidjoint.classifier import Classifier, memory_errors, parse_step
 from vidjoint.data.mixture import Task, evaluation_batches, open_tasks
 from vidjoint.errors import UserError, command
 from vidjoint.models.build import Model
-from vidjoint.run_folder import RunFolder
 from vidjoint.step import make_eval_step
 
 log = logging.getLogger(__name__)
@@ -30,13 +31,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class TaskResult:
-    """Scores of one validation split."""
+    """Scores of one validation split; n examples, those that can be decoded."""
 
     labels: tuple[str, ...]
     label: np.ndarray  # int32[n]
-    scores: np.ndarray  # float32[n, C]
+    scores: np.ndarray  # float32[n, C], mean over the views
     reversed_scores: np.ndarray | None  # the same with frames last to first; None for images or if not asked for
-    bad: list[str]  # files that can't be decoded: not in n
+    undecodable: int = 0  # files that are left out
 
     def summary(self) -> dict:
         """The task's entry in `results.json`; shares in 0..1."""
@@ -45,7 +46,7 @@ class TaskResult:
         result = {"n": n, "classes": len(self.labels), "top1": top[1], "top5": top[5]}
         if self.reversed_scores is not None:
             result["top1_reversed"] = float(metrics.topk_correct(self.reversed_scores, self.label, 1).mean()) if n else None
-        return result | ({"undecodable": len(self.bad)} if self.bad else {})
+        return result | ({"undecodable": self.undecodable} if self.undecodable else {})
 
 
 class Evaluator:
@@ -55,6 +56,7 @@ class Evaluator:
         self.config, self.mesh = config, mesh
         self.tasks = {name: task for name, task in tasks.items() if task.val is not None}
         self._step = jax.jit(make_eval_step(model, config.eval.average), static_argnums=(2, 3))
+        self._named = set()  # files that have been reported
         devices = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = math.ceil((config.eval.batch_size or config.batch_size) / devices) * devices
 
@@ -67,21 +69,21 @@ class Evaluator:
         batches = evaluation_batches(
             task, self.config, self.batch_size, temporal, spatial, process=jax.process_index(), processes=jax.process_count()
         )
-        label, scores, reversed_scores, bad = [], [], [], []
+        label, scores, reversed_scores = [], [], []
         total = math.ceil(len(task.val) / self.batch_size)
-        for batch in tqdm(batches, f"evaluate {task.name}", total=total, disable=None, delay=2, leave=False, unit="batch"):
-            bad += [f"{task.val.name(index)}: {reason}" for _, index, reason in batch["bad"]]
+        for batch in tqdm(batches, f"evaluate {task.name}", total=total, disable=None, delay=2, leave=False, unit=" batches"):
+            for bad in set(batch["bad"]) - self._named:
+                log.warning("%s: not evaluated: %s: %s", task.name, task.val.name(bad[1]), bad[2])
+            self._named.update(batch["bad"])
             arrays = sharding.put_batch({key: batch[key] for key in ("pixels", "label", "mask")}, self.mesh)
             keep = _to_host(arrays["mask"])
             label.append(_to_host(arrays["label"])[keep])
             scores.append(_to_host(self._step(params, arrays["pixels"], task.name))[keep])
             if reverse:
                 reversed_scores.append(_to_host(self._step(params, arrays["pixels"], task.name, True))[keep])
-        for line in bad:
-            log.warning("%s: not evaluated: %s", task.name, line)
-        return TaskResult(
-            task.labels, np.concatenate(label), np.concatenate(scores), np.concatenate(reversed_scores) if reverse else None, bad
-        )
+        label = np.concatenate(label)
+        reversed_scores = np.concatenate(reversed_scores) if reverse else None
+        return TaskResult(task.labels, label, np.concatenate(scores), reversed_scores, len(task.val) - len(label))
 
 
 def as_json(results: dict[str, TaskResult], step: int) -> dict:
@@ -119,59 +121,106 @@ def write_reports(results: dict[str, TaskResult], folder: Path) -> None:
         metrics.count_confusion(matrix, result.label, result.scores.argmax(axis=1))
         metrics.write_confusion_csv(target / "confusion.csv", matrix, result.labels)
         metrics.write_per_class_csv(target / "per_class.csv", matrix, result.labels)
-        plots.confusion_png(target / "confusion.png", matrix, result.labels, f"{name}: top-1 {100 * np.trace(matrix) / max(matrix.sum(), 1):.1f} %")
+        title = f"{name}: top-1 {100 * (result.summary()['top1'] or 0):.1f} %"
+        plots.confusion_png(target / "confusion.png", matrix, result.labels, title)
 
 
 def _to_host(x: jax.Array) -> np.ndarray:
     return np.asarray(x) if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
+def use_data(config: ConfigDict, name: str, labels: tuple[str, ...], file: str, root: str, folder: str) -> None:
+    """Puts the list `file` in place of a task's validation split; its labels are the run's numbers or class names. Writes these into `folder`."""
+    task, path = config.tasks[name], Path(file).expanduser().absolute()
+    names = Path(folder) / "labels.json"  # JSON, for a text file of names like "1 left" would be taken for numbered names
+    names.write_text(json.dumps(labels))
+    root = Path(root).expanduser().absolute() if root else path.parent
+    task.update(source="csv", val=str(path), fold="", root=str(root), classes=0, labels=str(names))
+
+
 @command
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vidjoint.evaluate", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", required=True, help="folder of a training run")
-    parser.add_argument("--views", help="temporal x spatial views whose predictions are averaged, as in 1x3 (default: the run's eval.views)")
-    parser.add_argument("--reversed", action="store_true", help="also evaluate videos with their frames reversed")
-    parser.add_argument("--task", help="evaluate this task only (default: all)")
-    parser.add_argument("--data", help="list of files with labels to evaluate in place of the task's own validation split (needs --task)")
-    parser.add_argument("--root", default="", help="folder that the paths in --data start from (default: the list's own folder)")
-    parser.add_argument("--data_root", help="the config's data_root, if the data has moved")
-    parser.add_argument("--step", help="checkpoint to evaluate: a number or best (default: the newest)")
-    parser.add_argument("--json", help="write the results to this file, as in results.json")
+    parser = argparse.ArgumentParser(
+        prog="python -m vidjoint.evaluate",
+        usage="%(prog)s --workdir=DIR [--views=TxS] [--reversed] [--task=NAME [--data=CSV --root=FOLDER]] [--json=FILE]",
+        description=__doc__.partition("\n")[0],
+        epilog='The JSON file holds {"step": updates made, "tasks": {NAME: {"n": examples, "classes", "top1", "top5", "top1_reversed"}}}, shares '
+        "in 0..1; top1_reversed only with --reversed, for videos. Files that can't be decoded are named, counted as undecodable, and left out of n.",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of a training run")
+    parser.add_argument("--views", metavar="TxS", help="temporal x spatial views that are averaged, as in 1x3 (default: the run's eval.views)")
+    parser.add_argument("--reversed", action="store_true", help="also evaluate videos with their frames in reverse order")
+    parser.add_argument("--task", metavar="NAME", help="evaluate this task only (default: all that have a validation split)")
+    parser.add_argument(
+        "--data",
+        metavar="CSV",
+        help="list of files to evaluate in place of the task's own validation split (needs --task): lines `path,label` or `path label`, "
+        "where a label is the name of a class of the run or its number from 0",
+    )
+    parser.add_argument("--root", default="", metavar="FOLDER", help="folder that the paths in --data start from (default: the list's own folder)")
+    parser.add_argument("--data_root", metavar="FOLDER", help="where the run's own data is, if it has moved since")
+    parser.add_argument("--step", metavar="N", help="checkpoint to evaluate, a number or best (default: the newest)")
+    parser.add_argument("--batch_size", type=int, metavar="B", help="examples at a time (default: the run's eval.batch_size)")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     args = parser.parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     if args.views and validate.views(args.views) is None:
         raise UserError(f"--views={args.views}: write temporal x spatial views, as in 1x3")
     if args.data and not args.task:
         raise UserError("--data needs --task: say which of the run's heads its labels are for")
-    classifier = Classifier(args.workdir, int(args.step) if (args.step or "").isdigit() else args.step)
-    config, folder = classifier.config, RunFolder(args.workdir)
-    if args.data_root is not None:
-        config.data_root = args.data_root
-    if args.views:
-        config.eval.views = args.views
+    if args.root and not args.data:
+        raise UserError("--root is where the paths of --data start: give --data too (if the run's own data has moved, --data_root)")
+    check_writable(args.json)
+    classifier = Classifier(args.workdir, parse_step(args.step), args.batch_size)
+    config, views = classifier.config, args.views or classifier.config.eval.views
+    config.eval.views = views
+    config.data_root = config.data_root if args.data_root is None else args.data_root
+    config.mesh.update(data=-1, fsdp=1, tensor=1)  # whatever the run was trained on
     if args.task:
-        classifier.check_task(args.task)
-    if args.data:
-        settings, path = config.tasks[args.task], Path(args.data).absolute()
-        settings.source, settings.fold, settings.val = "csv", "", str(path)
-        settings.root = str(Path(args.root or path.parent).absolute())
-        settings.classes, settings.labels = 0, str(folder.label_file(args.task).absolute())
-    for name in set(config.tasks) - {args.task or name for name in config.tasks}:
-        del config.tasks[name]
-    problems = validate.check(config)
+        config.task_order = ()
+        for name in set(config.tasks) - {classifier.choose_task(args.task)}:
+            del config.tasks[name]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.data:
+            use_data(config, args.task, classifier.labels[args.task], args.data, args.root, folder)
+        problems = validate.check(config)
+        tasks = open_tasks(config, ("val",)) if not problems else {}
+    problems += [
+        f"{name}: the classes of {task.val.origin} are not those of the run: evaluate it by --task={name} --data=CSV"
+        for name, task in tasks.items()
+        if task.labels != classifier.labels[name]
+    ]
+    if not problems and not tasks:
+        problems = [f"{', '.join(config.tasks)}: no validation split in the run's config: give one by --task and --data"]
     if problems:
         raise UserError(*problems)
-    tasks = open_tasks(config, ("val",))
-    changed = [f"{name}: its class names are not those of the run" for name, task in tasks.items() if task.labels != classifier.labels[name]]
-    if changed or not tasks:
-        raise UserError(*changed or ["there is no validation split: set tasks.NAME.val or fold in the run's config, or give --data"])
-    evaluator = Evaluator(config, classifier.model, tasks, sharding.make_mesh(config.mesh))
-    results = evaluator.run(classifier.params, validate.views(config.eval.views), args.reversed)
+    for task in tasks.values():
+        for line in task.val.warnings:
+            log.warning("%s: %s", task.name, line)
+    mesh = sharding.make_mesh(config.mesh)
+    params = jax.device_put(classifier.params, sharding.tree_sharding(classifier.params, mesh))
+    with memory_errors():
+        results = Evaluator(config, classifier.model, tasks, mesh).run(params, validate.views(views), args.reversed)
     content = as_json(results, classifier.step)
+    print(f"step {classifier.step}, {views} views")
     print(table(content))
-    if args.json:
-        Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
+    write_json(args.json, content)
     return 0
+
+
+def check_writable(file: str | None) -> None:
+    """Finds out before the work whether its results can be written to `file` (None: nowhere). Raises UserError if not."""
+    if file and (os.path.isdir(file) or not os.access(file if os.path.exists(file) else os.path.dirname(os.path.abspath(file)), os.W_OK)):
+        raise UserError(f"--json={file} can't be written: name a file in a folder that exists and is yours")
+
+
+def write_json(file: str | None, content: dict) -> None:
+    """Writes results to `file` (None: nowhere). Raises UserError if that fails."""
+    try:
+        if file:
+            Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json={file} can't be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

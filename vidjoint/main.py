@@ -23,17 +23,26 @@ STOPPED = 75  # exit status after SIGTERM or Ctrl-C: saved, start the same comma
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vidjoint.main",
+        usage="%(prog)s --config=FILE[:ARGUMENT] [--workdir=DIR] [--config.KEY=VALUE ...] [--force_config]",
         description=__doc__.partition("\n")[0],
-        epilog="Any key of the config can be set by --config.KEY=VALUE, as in --config.optim.lr=1e-3 or --config.tasks.digits.flip=False; the keys, with "
-        f"their units, are in vidjoint/config.py. Exit status: 0 done, 2 something to mend, {STOPPED} stopped by a signal after saving.",
+        epilog="Exit status: 0 done; 2 something is to be mended, and the lines on standard error say what; "
+        f"{STOPPED} stopped by SIGTERM or Ctrl-C and saved: the same command goes on from there.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]", help="experiment, as in configs/cover_jft.py:high_res")
-    parser.add_argument("--workdir", type=Path, help="where checkpoints, logs and results go (default: runs/NAME of the config)")
-    parser.add_argument("--force_config", action="store_true", help="go on with a run in the folder although its config differs")
+    parser.add_argument("--config", metavar="FILE[:ARGUMENT]", help="experiment, as in configs/demo.py or configs/cover_jft.py:high_res")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="where checkpoints, logs and results go (default: runs/NAME_OF_THE_EXPERIMENT)")
+    parser.add_argument(
+        "--config.KEY",
+        dest="key",
+        metavar="VALUE",
+        help="sets a key of the experiment, as in --config.optim.lr=1e-3, --config.tasks.digits.flip=False or --config.data_root=/data; "
+        f"all keys are explained in {config_module.__file__}",
+    )
+    parser.add_argument("--force_config", action="store_true", help="go on with the run in DIR although its settings were others")
     args, rest = parser.parse_known_args(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr, force=True)
     logging.captureWarnings(True)
-    config, name = config_module.parse([f"--config={args.config}", *rest])
+    config, name = config_module.parse([f"--config={args.config or ''}", *rest])
     cache = os.environ.get("VIDJOINT_CACHE", Path.home() / ".cache" / "vidjoint")
     jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "xla"))
     try:

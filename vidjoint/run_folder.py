@@ -1,15 +1,19 @@
 """The folder of a run: `config.json`, `labels/TASK.txt`, `checkpoints/`, `metrics.jsonl`, `results.json`, `eval/`. Knows names, not arrays."""
 
 import functools
+import re
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from vidjoint import config as config_module
 from vidjoint.errors import UserError
+from vidjoint.metrics import write_whole
 
-# Keys that may change between the start of a run and its continuation: none of them touches the parameters that come out.
-HARMLESS = ("eval", "data.", "log_every", "checkpoint_every", "keep_checkpoints", "mesh.", "data_root", "init_from")
+# Keys that may change between the start of a run and its continuation: they don't say what is computed, only where, how fast and what is looked at
+HARMLESS = re.compile(
+    r"eval\..*|eval_every|log_every|checkpoint_every|keep_checkpoints|data\.(threads|workers|prefetch|max_bad_share)|mesh\..*|data_root|init_from"
+)
 
 
 class RunFolder:
@@ -40,25 +44,34 @@ class RunFolder:
         """The file with one class name per line, in the order of the head's outputs."""
         return self.path / "labels" / f"{task}.txt"
 
-    def claim(self, config: ConfigDict, labels: dict[str, tuple[str, ...]], force: bool = False) -> None:
-        """Writes config and labels, or checks that a run that is here already may go on with them.
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a run to go on with."""
+        return any(child.name.isdigit() for child in (self.path / "checkpoints").glob("*"))
+
+    def check(self, config: ConfigDict, labels: dict[str, tuple[str, ...]]) -> None:
+        """Returns if what is here may go on with this config: there is no checkpoint yet, or it was started with settings that compute the same.
 
         Raises:
-          UserError: the run here was started with settings that lead to other parameters (`force` goes on regardless), or the folder can't be written.
+          UserError: there is one with other settings; lists the differences.
         """
-        if (self.path / "config.json").exists() and not force:
-            changed = [line for line in config_module.difference(self.config, config) if not line.startswith(HARMLESS)]
-            changed += [f"class names of {task}" for task in labels if task in self.config.tasks and self.labels[task] != labels[task]]
-            if changed:
-                raise UserError(
-                    f"{self.path} holds a run with other settings: give another --workdir, or --force_config to go on with the new ones:",
-                    *(f"  {line}" for line in changed),
-                )
+        if not self.has_checkpoint:
+            return
+        changed = [line for line in config_module.difference(self.config, config) if not HARMLESS.fullmatch(line.partition(":")[0])]
+        changed += [f"class names of {task}" for task in labels if task in self.config.tasks and self.labels[task] != labels[task]]
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with other settings: give another --workdir, or --force_config to go on with the new ones:",
+                *(f"  {line}" for line in changed),
+            )
+
+    def write(self, config: ConfigDict, labels: dict[str, tuple[str, ...]]) -> None:
+        """Writes config and labels, each file whole or not at all. Raises UserError if the folder can't be written."""
         try:
             (self.path / "labels").mkdir(parents=True, exist_ok=True)
             for task, names in labels.items():
-                self.label_file(task).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-            config_module.save(config, self.path / "config.json")
+                write_whole(self.label_file(task), "".join(f"{name}\n" for name in names).encode())
+            write_whole(self.path / "config.json", config_module.as_json(config).encode())
         except OSError as error:
             raise UserError(f"{self.path} can't be written ({error.strerror}): give another --workdir") from error
         self.__dict__.pop("config", None)

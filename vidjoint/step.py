@@ -41,8 +41,8 @@ def init_state(config, params: dict, optimizer: optax.GradientTransformation) ->
 def make_train_step(config, model: Model, optimizer: optax.GradientTransformation) -> Callable:
     """Returns `train_step(state, batches)` for a tuple of batches (see `data.mixture`): one weighted loss over all of them, one update.
 
-    All randomness (mixup, stochastic depth, dropout) derives from (seed, step). Metrics: `loss`, `grad_norm`, and per task `NAME/loss`, a pair (summed
-    cross-entropy, number of examples) so that means over several steps are exact.
+    All randomness (mixup, stochastic depth, dropout) derives from (seed, step). Metrics: `loss`, `grad_norm`, and for each task `NAME/loss`, the pair
+    (summed cross-entropy, number of examples), so that means over several steps are exact.
     """
     tasks = sorted(config.tasks)
     weights = {name: config.tasks[name].loss_weight for name in tasks}

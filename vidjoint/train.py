@@ -1,8 +1,12 @@
 """The training loop: next batches -> step -> log -> evaluate -> save; and what is set up before it."""
 
+import collections
+import contextlib
 import json
 import logging
+import math
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +14,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -50,19 +56,31 @@ class Setup:
     train_step: Callable  # (state, tuple of batches on the devices) -> (state, metrics); donates the state
 
 
-def prepare(config: ConfigDict) -> Setup:
+def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
     """Opens the data, builds the model and the jitted step.
+
+    Args:
+      resumes: the state will come from a checkpoint, so `init_from` need not exist any more.
 
     Raises:
       UserError: everything the user can put right, reported together.
     """
-    problems, tasks = validate.check(config), {}
-    try:
-        tasks = open_tasks(config) if not problems else {}
-        problems += [f"tasks.{name}.train is empty: name the training data" for name, task in tasks.items() if task.train is None]
-    except UserError as error:
-        problems += error.lines
-    if config.init_from and not (Path(config.init_from) / "config.json").is_file():
+    problems = validate.check(config)
+    config_is_sound, tasks_are_sound = not problems, not any(line.startswith("tasks.") for line in problems)
+
+    def attempt(function, *args):
+        """What the function returns; or None, and its problems join the others."""
+        try:
+            return function(*args)
+        except UserError as error:
+            problems.extend(error.lines)
+
+    tasks = attempt(open_tasks, config) if tasks_are_sound else None
+    mesh = attempt(open_devices, config)
+    if config_is_sound and mesh:
+        parameters = build(config.model, {name: max(task.classes, 1) for name, task in config.tasks.items()}).abstract()
+        attempt(optim.split_frozen, parameters, config.optim.freeze)
+    if config.init_from and not resumes and not (Path(config.init_from).expanduser() / "config.json").is_file():
         problems.append(f"init_from={config.init_from} is no folder of a run: train that model first, or set init_from='' to start from scratch")
     if problems:
         raise UserError(*problems)
@@ -71,9 +89,12 @@ def prepare(config: ConfigDict) -> Setup:
             for line in source.warnings:
                 log.warning("%s: %s", task.name, line)
 
-    mesh = sharding.make_mesh(config.mesh)
     steps_per_epoch = union_size(config, tasks) / config.batch_size
     total_steps = config.total_steps or round(config.total_epochs * steps_per_epoch)
+    if total_steps < 1:
+        raise UserError(
+            f"total_epochs={config.total_epochs} is less than one step: one epoch has {steps_per_epoch:.2f} steps of batch_size={config.batch_size}"
+        )
     schedule = optim.make_schedule(config.optim, total_steps, steps_per_epoch)
     optimizer = optim.make_optimizer(config.optim, schedule)
     model = build(config.model, {name: len(task.labels) for name, task in tasks.items()})
@@ -97,6 +118,15 @@ def prepare(config: ConfigDict) -> Setup:
     return Setup(config, tasks, mesh, mixture, model, total_steps, schedule, abstract, init, train_step)
 
 
+def open_devices(config: ConfigDict) -> jax.sharding.Mesh:
+    """All devices in the mesh of `config.mesh`. Raises UserError if they don't fit or JAX finds none."""
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise UserError(f"JAX finds no device ({str(error).splitlines()[0]}): install JAX for this hardware, or set JAX_PLATFORMS=cpu") from error
+    return sharding.make_mesh(config.mesh, devices)
+
+
 def initial_state(setup: Setup) -> step.TrainState:
     """The state at step 0: fresh, or with the parameters of `config.init_from`."""
     state = setup.init(jax.random.key(setup.config.seed))
@@ -110,71 +140,88 @@ def initial_state(setup: Setup) -> step.TrainState:
     return jax.tree.map(lambda x, abstract: jax.device_put(x, abstract.sharding), loaded, setup.abstract_state)
 
 
-def train(config: ConfigDict, workdir: Path, force_config: bool = False) -> dict:
+def train(config: ConfigDict, workdir: str | Path, force_config: bool = False) -> dict:
     """Trains (or goes on with what `workdir` holds), evaluates, writes reports, and returns the content of `results.json`.
 
     Raises:
       UserError: something to put right; nothing that was saved is lost.
       Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
-    setup = prepare(config)
-    total_steps, folder = setup.total_steps, RunFolder(workdir)
-    folder.claim(config, {name: task.labels for name, task in setup.tasks.items()}, force_config)
+    folder = RunFolder(Path(workdir).expanduser())
+    setup = prepare(config, resumes=folder.has_checkpoint)
+    labels = {name: task.labels for name, task in setup.tasks.items()}
+    if not force_config:
+        folder.check(config, labels)
+    if jax.process_index() == 0:
+        folder.write(config, labels)
     evaluator = evaluate.Evaluator(config, setup.model, setup.tasks, setup.mesh)
-    with Checkpoints(workdir, config.keep_checkpoints) as checkpoints, StopSignal() as stop:
+    with Checkpoints(folder.path, config.keep_checkpoints) as checkpoints, StopSignal() as stop, memory_errors():
         start = checkpoints.latest()
         state = initial_state(setup) if start is None else checkpoints.restore(setup.abstract_state)
         start = start or 0
         print_summary(setup, state, start, folder.path)
-        with Log(folder.path, config.batch_size, start, total_steps) as log_events:
-            batches, in_flight, done = setup.mixture.iterate(start), [], start
-            for done in range(start + 1, total_steps + 1):
-                began = time.perf_counter()
-                arrays = tuple(sharding.put_batch(batch, setup.mesh) for batch in next(batches))
-                device_idle = not in_flight or in_flight[-1].is_ready()
-                waited = time.perf_counter() - began if device_idle else 0.0
-                state, values = setup.train_step(state, arrays)
-                in_flight.append(values["loss"])
-                if len(in_flight) > IN_FLIGHT:
-                    in_flight.pop(0).block_until_ready()
-                last = done == total_steps
-                evaluates = config.eval_every and (done % config.eval_every == 0 or last)
-                saves = done % config.checkpoint_every == 0 or evaluates or last or stop.asked
-                log_events.step(values, waited)
-                if done % config.log_every == 0 or saves:
-                    log_events.take(done, float(setup.schedule(done - 1)))
-                score = None
-                if evaluates:
-                    quick = evaluator.run(state.eval_params, (1, 1), reverse=False)
-                    score = evaluate.mean_top1(quick)
-                    if not last:
-                        log_events.write(done, evaluate.as_events(quick))
-                if saves:
-                    checkpoints.save(done, state, score)
-                if stop.asked:
-                    break
-            batches.close()
-            if stop.asked and done < total_steps:
-                checkpoints.wait()
-                raise Stopped(done)
+        with Log(folder.path, config.batch_size, start, setup.total_steps) as events:
+            state = run_steps(setup, state, start, evaluator, checkpoints, events, stop)
+            end = max(start, setup.total_steps)
+            stop.when_saved(end)
             results = evaluator.run(state.eval_params, validate.views(config.eval.views), config.eval.reversed)
-            if done > start or not folder.results.exists():  # a run that was finished before has its last event
-                log_events.write(total_steps, evaluate.as_events(results))
-    content = evaluate.as_json(results, total_steps)
+            if end > start or not folder.results.exists():  # a run that was finished before has its last event
+                events.write(end, evaluate.as_events(results))
+    content = evaluate.as_json(results, end)
     if jax.process_index() == 0:
+        metrics.write_whole(folder.results, (json.dumps(content, indent=2) + "\n").encode())
         evaluate.write_reports(results, folder.path)
         plots.learning_curves_png(folder.path / "curves.png", metrics.read_events(folder.path / "metrics.jsonl"))
-        metrics.write_whole(folder.results, (json.dumps(content, indent=2) + "\n").encode())
     return content
 
 
+def run_steps(
+    setup: Setup, state: step.TrainState, start: int, evaluator: evaluate.Evaluator, checkpoints: Checkpoints, events: "Log", stop: "StopSignal"
+) -> step.TrainState:
+    """Makes updates start + 1 to total_steps; the last one is saved. Raises Stopped if a signal came."""
+    config, in_flight = setup.config, collections.deque()
+    with contextlib.closing(setup.mixture.iterate(start)) as batches:
+        for done in range(start + 1, setup.total_steps + 1):
+            began = time.perf_counter()
+            arrays = tuple(sharding.put_batch(batch, setup.mesh) for batch in next(batches))
+            device_idle = not in_flight or in_flight[-1].is_ready()
+            waited = time.perf_counter() - began if device_idle else 0.0
+            state, values = setup.train_step(state, arrays)
+            in_flight.append(values["loss"])
+            if len(in_flight) > IN_FLIGHT:
+                in_flight.popleft().block_until_ready()
+            events.step(values, waited)
+
+            last, stops = done == setup.total_steps, stop.asked_anywhere(done % config.log_every == 0)
+            evaluates = config.eval_every and (done % config.eval_every == 0 or last)
+            saves = done % config.checkpoint_every == 0 or evaluates or last or stops
+            if done % config.log_every == 0 or saves:
+                events.take(done, float(setup.schedule(done - 1)))
+            score = None
+            if evaluates:
+                quick = evaluator.run(state.eval_params, (1, 1), reverse=False)
+                score = evaluate.mean_top1(quick)
+                if not last:  # the last evaluation follows with all views
+                    events.write(done, evaluate.as_events(quick))
+            if saves:
+                checkpoints.save(done, state, score)
+            if stops:
+                checkpoints.wait()
+                raise Stopped(done)
+    return state
+
+
 class Log:
-    """The progress bar and the events of a run: means over the steps since the last event, rate, and share of time that the device waited for data."""
+    """The progress and the events of a run: means over the steps since the last event, rate, and share of time that the device waited for data.
+
+    On a terminal there is a progress bar, elsewhere a line per event.
+    """
 
     def __init__(self, workdir: Path, batch_size: int, start: int, total_steps: int):
-        self._batch_size, self._means = batch_size, metrics.Summary()
+        self._batch_size, self._total_steps, self._means = batch_size, total_steps, metrics.Summary()
         self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=None if jax.process_index() == 0 else True, dynamic_ncols=True)
         self._writer = metrics.MetricsWriter(workdir, start) if jax.process_index() == 0 else None
+        self._compiled = False
         self._restart_clock()
 
     def __enter__(self) -> "Log":
@@ -190,21 +237,41 @@ class Log:
         self._means.add({f"train/{name}": value for name, value in values.items()})
         self._waited, self._steps = self._waited + waited, self._steps + 1
         self._bar.update()
+        if not self._compiled:  # the time of the first step says nothing about the next ones
+            self._compiled = True
+            self._restart_clock()
 
     def take(self, done: int, learning_rate: float) -> None:
-        """Writes the means since the last event."""
+        """Writes the means since the last event. Raises UserError if the loss is not finite any more."""
         event = self._means.take()
-        seconds = time.perf_counter() - self._began
-        event |= {"train/lr": learning_rate, "train/examples_per_s": self._steps * self._batch_size / seconds}
-        event |= {"train/data_wait": min(self._waited / seconds, 1.0)}
+        loss, seconds = event["train/loss"], time.perf_counter() - self._began
+        event["train/lr"] = learning_rate
+        progress = f"loss {loss:.4f}"
+        if self._steps:
+            event |= {"train/examples_per_s": self._steps * self._batch_size / seconds, "train/data_wait": min(self._waited / seconds, 1.0)}
+            progress += f", {event['train/examples_per_s']:.0f} examples/s, data wait {event['train/data_wait']:.0%}"
         self.write(done, event)
-        self._bar.set_postfix_str(f"loss {event['train/loss']:.3f}, {event['train/examples_per_s']:.0f} examples/s, data wait {event['train/data_wait']:.0%}")
+        self._bar.set_postfix_str(progress)
+        if self._bar.disable:
+            self._say(f"step {done} of {self._total_steps}: {progress}")
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} by step {done}, and training can't recover: lower optim.lr, lengthen its warm-up, or set optim.clip_norm"
+            )
 
     def write(self, done: int, event: dict) -> None:
         """Writes an event; the time it took to come about is not counted to the next steps."""
         if self._writer:
             self._writer.write(done, event)
+        top1 = {name.split("/")[1]: value for name, value in event.items() if name.endswith("/top1") and value is not None}
+        if top1:
+            self._say(f"step {done}: validation top-1 " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in top1.items()))
         self._restart_clock()
+
+    def _say(self, line: str) -> None:
+        if self._writer:
+            self._bar.write(line)
+            sys.stdout.flush()
 
     def _restart_clock(self) -> None:
         self._began, self._waited, self._steps = time.perf_counter(), 0.0, 0
@@ -214,7 +281,7 @@ class StopSignal:
     """Turns SIGTERM and the first Ctrl-C into a request to stop after the current step; a second Ctrl-C stops at once."""
 
     def __enter__(self) -> "StopSignal":
-        self.asked, self._old = False, {}
+        self._asked, self._saved, self._old = False, None, {}
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._old[number] = signal.signal(number, self._ask)
@@ -226,11 +293,36 @@ class StopSignal:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
+    def asked_anywhere(self, may_wait: bool) -> bool:
+        """Whether to stop. In a run of several processes, all of them get the same answer; they ask each other only if all of them `may_wait`."""
+        if jax.process_count() == 1:
+            return self._asked
+        return may_wait and bool(multihost_utils.process_allgather(np.array(self._asked)).any())
+
+    def when_saved(self, step: int) -> None:
+        """From now on all is saved, and a signal raises Stopped(step) on the spot."""
+        self._saved = step
+
     def _ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
+        if self._saved is not None:
+            raise Stopped(self._saved)
+        if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self._asked = True
         log.warning("%s: saving after this step and stopping", signal.Signals(number).name)
+
+
+@contextlib.contextmanager
+def memory_errors():
+    """Turns a device's lack of memory into a UserError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "the device has too little memory: lower batch_size, set model.remat=block, or share the parameters out by mesh.fsdp"
+        ) from error
 
 
 def print_summary(setup: Setup, state: step.TrainState, start: int, folder: Path) -> None:
@@ -247,7 +339,9 @@ def print_summary(setup: Setup, state: step.TrainState, start: int, folder: Path
     print(f"batches    {config.schedule}: {shares}")
     trained, frozen = count_parameters(state.params), count_parameters(state.frozen)
     spec = setup.model.spec
-    print(f"model      {config.model.variant} width {spec.width}, {spec.depth} blocks, mixer {spec.mixer}: {trained:,} parameters trained, {frozen:,} frozen")
+    print(
+        f"model      {config.model.variant} width {spec.width}, {spec.depth} blocks, mixer {spec.mixer}: {trained:,} parameters trained, {frozen:,} frozen"
+    )
     mesh = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
     print(f"devices    {jax.device_count()} {jax.devices()[0].device_kind} ({mesh}), {jax.process_count()} processes")
     print(f"steps      {start} -> {setup.total_steps} ({mixture.steps_per_epoch:.1f} per epoch of {mixture.union:.0f} examples)")

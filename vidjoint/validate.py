@@ -1,12 +1,14 @@
 """Everything about a config that can be wrong is found here, before anything is allocated, and reported together."""
 
 import re
+import sys
 
 from ml_collections import ConfigDict
 
 from vidjoint import losses, optim
 from vidjoint.data import clips, sources
 from vidjoint.data.mixture import SCHEDULES, clip_spec
+from vidjoint.errors import UserError
 from vidjoint.models.build import PRESETS
 from vidjoint.models.heads import POOLS
 from vidjoint.models.mixers import MIXERS
@@ -18,37 +20,49 @@ CHOICES = {
     "model.dtype": ("bfloat16", "float32"),
     "model.remat": ("none", "block"),
     "model.gelu": ("exact", "tanh"),
-    "model.divided.temporal_init": ("zero", "random"),
+    "model.temporal_init": ("zero", "random"),
     "model.divided.image_temporal": ("affine", "skip"),
     "model.token_shift.tokens": ("class", "all"),
     "model.token_shift.direction": ("next_first", "previous_first"),
     "loss.reduction": losses.REDUCTIONS,
-    "optim.name": optim.OPTIMIZERS,
-    "optim.schedule": optim.SCHEDULES,
-    "optim.decay": optim.DECAYS,
     "eval.average": ("softmax", "logits"),
 }
 TASK_CHOICES = {"source": sources.KINDS, "media": ("video", "image"), "sampler": clips.SAMPLERS, "crop": ("short_side", "area", "none")}
-AT_LEAST_ONE = ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "data.prefetch", "model.frames", "model.image_size", "data.max_pixels")
+POSITIVE = ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "data.prefetch", "data.max_pixels", "model.frames", "model.image_size")
+NOT_NEGATIVE = ("seed", "total_steps", "total_epochs", "eval_every", "data.threads", "data.workers", "loss.mixup", "loss.cutmix", "eval.batch_size")
+NOT_NEGATIVE += tuple(f"model.{key}" for key in ("width", "depth", "heads", "mlp_dim", "patch", "norm_eps"))
+TASK_POSITIVE = ("sample_weight", "window_seconds")
+TASK_NOT_NEGATIVE = ("classes", "loss_weight", "frames", "randaugment_layers", "randaugment_magnitude")
+VARIANT = re.compile(r"(\w+)/([1-9]\d*)")
+TEXTS = ("task_order", "optim.freeze")  # tuples of texts; all others are of numbers
+PAIRS = ("image_size", "short_side", "area", "aspect")
 
 
 def check(config: ConfigDict) -> list[str]:
-    """Returns the problems of a config, one line each with what to do; [] if it can run. Reads no file."""
-    problems = [
-        f"{key}={_get(config, key)!r} is unknown: choose one of {', '.join(choices)}" for key, choices in CHOICES.items() if _get(config, key) not in choices
-    ]
-    problems += [f"{key}={_get(config, key)} must be at least 1" for key in AT_LEAST_ONE if _get(config, key) < 1]
+    """Returns the problems of a config, one line each with what to do; [] if it can run. Reads no file. Lines about a task start with its key."""
+    problems = _check_tuples(config)
+    if problems:
+        return problems
+    problems = _check_numbers(config, CHOICES, POSITIVE, NOT_NEGATIVE)
     if bool(config.total_steps) == bool(config.total_epochs):
         problems.append(f"total_steps={config.total_steps} and total_epochs={config.total_epochs}: give exactly one of them")
     if not config.tasks:
         problems.append("there are no tasks: add one with config.tasks.NAME = task_config(...)")
     if config.task_order and sorted(config.task_order) != sorted(config.tasks):
         problems.append(f"task_order={config.task_order} must name each task once: {', '.join(sorted(config.tasks))}")
-    problems += _check_model(config.model)
-    for name in sorted(config.tasks):
-        problems += [f"tasks.{name}: {line}" if not line.startswith("tasks.") else line for line in _check_task(config, name)]
+    if not 0 <= config.loss.label_smoothing < 1:
+        problems.append(f"loss.label_smoothing={config.loss.label_smoothing} must be at least 0 and below 1")
+    if not 0 <= config.data.max_bad_share <= 1:
+        problems.append(f"data.max_bad_share={config.data.max_bad_share} must be a share, 0 to 1")
     if views(config.eval.views) is None:
         problems.append(f"eval.views={config.eval.views!r}: write temporal x spatial views, as in 1x3")
+    problems += _check_optim(config)
+    problems += _check_model(config.model)
+    for name in sorted(config.tasks):
+        problems += [f"tasks.{name}: {line}" for line in _check_task(config, name)]
+    shapes = {clip_spec(config, name).shape for name in config.tasks}
+    if config.schedule == "mixed" and 0 < config.batch_size < len(shapes):
+        problems.append(f"batch_size={config.batch_size} is below the number of clip shapes, {len(shapes)}, which each need a batch: raise it")
     return problems
 
 
@@ -58,9 +72,44 @@ def views(text: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+def _check_tuples(config: ConfigDict, prefix: str = "") -> list[str]:
+    """The schema fixes the type of a value, but not that of a tuple's members."""
+    problems = []
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            problems += _check_tuples(value, f"{prefix}{key}.")
+        elif isinstance(value, tuple):
+            kind, name = (str, "texts") if prefix + key in TEXTS else (int | float, "numbers")
+            if not all(isinstance(member, kind) for member in value):
+                problems.append(f"{prefix}{key}={value} must be a tuple of {name}")
+    return problems
+
+
+def _check_numbers(config: ConfigDict, choices: dict, positive: tuple, not_negative: tuple) -> list[str]:
+    value = {key: _get(config, key) for key in (*choices, *positive, *not_negative)}
+    problems = [f"{key}={value[key]!r} is unknown: choose one of {', '.join(names)}" for key, names in choices.items() if value[key] not in names]
+    problems += [f"{key}={value[key]} must be above 0" for key in positive if not value[key] > 0]
+    return problems + [f"{key}={value[key]} must be at least 0" for key in not_negative if not value[key] >= 0]
+
+
+def _check_optim(config: ConfigDict) -> list[str]:
+    """What the makers of the optimiser refuse, as far as that does not hang on the size of the data: durations in epochs count as nothing."""
+    problems = []
+    attempts = (
+        lambda: optim.make_schedule(config.optim, config.total_steps or sys.maxsize, 0.0),
+        lambda: optim.make_optimizer(config.optim, lambda step: 0.0),
+    )
+    for attempt in attempts:
+        try:
+            attempt()
+        except UserError as error:
+            problems += error.lines
+    return problems
+
+
 def _check_model(model: ConfigDict) -> list[str]:
     problems = []
-    match = re.fullmatch(r"(\w+)/([1-9]\d*)", model.variant)
+    match = VARIANT.fullmatch(model.variant)
     if not match or match[1] not in PRESETS:
         return [f"model.variant={model.variant!r} is unknown: write one of {', '.join(PRESETS)}, a slash and the patch size, as in B/16"]
     width, _, heads, _ = PRESETS[match[1]]
@@ -75,6 +124,8 @@ def _check_model(model: ConfigDict) -> list[str]:
         problems.append(f"model.token_shift.fraction={model.token_shift.fraction} must be above 0 and at most 0.5: each direction takes so much")
     if not 0 <= model.drop_path < 1 or not 0 <= model.dropout < 1:
         problems.append(f"model.drop_path={model.drop_path} and model.dropout={model.dropout} must be at least 0 and below 1")
+    if len(model.mean) != 3 or len(model.std) != 3 or not all(value > 0 for value in model.std):
+        problems.append(f"model.mean={model.mean} and model.std={model.std} must be three numbers each, for red, green and blue, and std above 0")
     return problems
 
 
@@ -82,15 +133,18 @@ def _check_task(config: ConfigDict, name: str) -> list[str]:
     task = config.tasks[name]
     if not name.isidentifier():
         return ["a task's name must be letters, digits and underscores, for it names parameters and folders"]
-    problems = [f"{key}={task[key]!r} is unknown: choose one of {', '.join(choices)}" for key, choices in TASK_CHOICES.items() if task[key] not in choices]
+    problems = _check_numbers(task, TASK_CHOICES, TASK_POSITIVE, TASK_NOT_NEGATIVE)
+    problems += [f"{key}={task[key]} must be a pair of numbers" for key in PAIRS if len(task[key]) != 2]
     if problems:
         return problems
-    patch = config.model.patch or int(config.model.variant.partition("/")[2] or 1)
+    if not task.train:
+        problems.append("train is empty: name the training data")
     height, width = clip_spec(config, name).size
-    if height % patch or width % patch:
+    patch = config.model.patch or (VARIANT.fullmatch(config.model.variant) or ("", "", 1))[2]
+    if height < 1 or width < 1 or height % int(patch) or width % int(patch):
         problems.append(f"input of {height} x {width} pixels is not divisible by the patch of {patch}: change image_size or the model's patch")
-    if task.loss_weight < 0 or task.sample_weight <= 0:
-        problems.append("loss_weight must be at least 0 and sample_weight above 0")
+    if not 0 <= task.erase <= 1:
+        problems.append(f"erase={task.erase} must be a probability, 0 to 1")
     if not 0 < task.short_side[0] <= task.short_side[1]:
         problems.append(f"short_side={tuple(task.short_side)} must be a range of pixels, smaller first")
     if not 0 < task.area[0] <= task.area[1] <= 1 or not 0 < task.aspect[0] <= task.aspect[1]:

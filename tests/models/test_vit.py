@@ -26,6 +26,13 @@ def random_params(model: Model, seed: int = 0) -> dict:
     return jax.tree.unflatten(tree, [rng.normal(scale=0.3, size=x.shape).astype(np.float32) for x in leaves])
 
 
+# Compiled whole: one by one, the operations take far longer to compile
+init = jax.jit(lambda model: model.init(jax.random.key(0)), static_argnums=0)
+features = jax.jit(Model.features, static_argnums=0)
+logits = jax.jit(Model.logits, static_argnums=0)
+tokens_of = jax.jit(lambda model, params, pixels: model.bind(params).tokens(pixels), static_argnums=0)
+
+
 def clip(frames: int, height: int = 24, width: int = 24, batch: int = 2) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (batch, frames, height, width, 3), dtype=np.uint8)
 
@@ -35,7 +42,7 @@ def test_frame_wise_equals_its_definition(frames):
     model = tiny(mixer="none")
     params = random_params(model)
     expected = oracles.frame_wise(clip(frames), oracles.numpy_tree(params), 3, 8)
-    np.testing.assert_allclose(model.features(params, clip(frames)), expected, atol=1e-5)
+    np.testing.assert_allclose(features(model, params, clip(frames)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("image_temporal", ["affine", "skip"])
@@ -44,7 +51,7 @@ def test_divided_attention_equals_its_definition(frames, image_temporal):
     model = tiny(mixer="divided", frames=frames, divided=DividedSpec(image_temporal=image_temporal))
     params = random_params(model)
     expected = oracles.divided(clip(frames), oracles.numpy_tree(params), 3, 8, skip_images=image_temporal == "skip")
-    np.testing.assert_allclose(model.features(params, clip(frames)), expected, atol=1e-5)
+    np.testing.assert_allclose(features(model, params, clip(frames)), expected, atol=1e-5)
 
 
 def test_divided_attention_on_an_image_is_an_affine_map():
@@ -54,15 +61,15 @@ def test_divided_attention_on_an_image_is_an_affine_map():
     other = jax.tree.map(np.copy, params)
     for block in other["blocks"].values():
         block["mixer"]["temporal_attn"]["qkv"]["kernel"][:, :48] += 1.0
-    np.testing.assert_allclose(model.features(params, clip(1)), model.features(other, clip(1)), atol=1e-6)
-    assert np.abs(model.features(params, clip(4)) - model.features(other, clip(4))).max() > 1e-3
+    np.testing.assert_allclose(features(model, params, clip(1)), features(model, other, clip(1)), atol=1e-6)
+    assert np.abs(features(model, params, clip(4)) - features(model, other, clip(4))).max() > 1e-3
 
 
 @pytest.mark.parametrize("frames", [1, 4])
 def test_joint_attention_equals_its_definition(frames):
     model = tiny(mixer="joint", frames=frames)
     params = random_params(model)
-    np.testing.assert_allclose(model.features(params, clip(frames)), oracles.joint(clip(frames), oracles.numpy_tree(params), 3, 8), atol=1e-5)
+    np.testing.assert_allclose(features(model, params, clip(frames)), oracles.joint(clip(frames), oracles.numpy_tree(params), 3, 8), atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", ["class", "all"])
@@ -73,13 +80,13 @@ def test_token_shift_equals_its_definition(tokens, direction, fraction, fold):
     params = random_params(model)
     for frames in (1, 4):
         expected = oracles.token_shift(clip(frames), oracles.numpy_tree(params), 3, 8, fold, tokens, direction == "next_first")
-        np.testing.assert_allclose(model.features(params, clip(frames)), expected, atol=1e-5)
+        np.testing.assert_allclose(features(model, params, clip(frames)), expected, atol=1e-5)
 
 
 def test_fresh_divided_model_is_the_image_vit_with_its_class_attention_averaged_over_frames():
     """With the temporal branch at zero only the average of the class token's residual ties the frames together (TimeSformer)."""
     model = tiny(mixer="divided")
-    params = model.init(jax.random.key(0))
+    params = init(model)
     fresh = oracles.numpy_tree(params)
     assert not any(np.any(fresh["blocks"][i]["mixer"]["temporal_fc"][name]) for i in ("0", "1") for name in ("kernel", "bias"))
     assert not np.any(fresh["embed"]["time"])
@@ -91,7 +98,7 @@ def test_fresh_divided_model_is_the_image_vit_with_its_class_attention_averaged_
         residual[:, :, 0] = residual[:, :, 0].mean(axis=1, keepdims=True)
         x = x + residual
         x = x + oracles.mlp(oracles.layer_norm(x, block["norm2"]), block["mlp"])
-    tokens = model.bind(params).tokens(pixels)
+    tokens = tokens_of(model, params, pixels)
     np.testing.assert_allclose(tokens, oracles.layer_norm(x, fresh["norm"]), atol=1e-5)
     np.testing.assert_array_equal(tokens[:, 0, 0], tokens[:, 3, 0])  # one class token per video
 
@@ -100,7 +107,7 @@ def test_fresh_divided_model_is_the_image_vit_with_its_class_attention_averaged_
 def test_order_of_frames_matters_to_mixers_only(mixer):
     model = tiny(mixer=mixer, token_shift=TokenShiftSpec("all", 0.25))
     params = random_params(model)
-    forward, backward = (model.features(params, pixels) for pixels in (clip(4), clip(4)[:, ::-1]))
+    forward, backward = (features(model, params, pixels) for pixels in (clip(4), clip(4)[:, ::-1]))
     difference = np.abs(forward - backward).max()
     assert difference < 1e-5 if mixer == "none" else difference > 1e-3
 
@@ -109,24 +116,24 @@ def test_order_of_frames_matters_to_mixers_only(mixer):
 @pytest.mark.parametrize(("frames", "height", "width"), [(1, 24, 24), (7, 24, 24), (3, 16, 40)])
 def test_any_number_of_frames_and_any_size(mixer, frames, height, width):
     model = tiny(mixer=mixer)
-    logits = model.logits(model.init(jax.random.key(0)), clip(frames, height, width))
-    assert {task: x.shape for task, x in logits.items()} == {"actions": (2, 5), "digits": (2, 3)}
-    assert all(np.isfinite(x).all() for x in logits.values())
+    result = logits(model, init(model), clip(frames, height, width))
+    assert {task: x.shape for task, x in result.items()} == {"actions": (2, 5), "digits": (2, 3)}
+    assert all(np.isfinite(x).all() for x in result.values())
 
 
 def test_sizes_that_the_patch_does_not_divide_are_refused():
     model = tiny()
     with pytest.raises(ValueError, match="20 x 24"):
-        model.logits(model.init(jax.random.key(0)), clip(1, 20, 24))
+        logits(model, init(model), clip(1, 20, 24))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_without_a_class_token_patches_are_averaged(mixer):
     model = tiny(mixer=mixer, class_token=False, pool="average", token_shift=TokenShiftSpec("all"))
     params = random_params(model)
-    tokens = model.bind(params).tokens(clip(4))
+    tokens = tokens_of(model, params, clip(4))
     assert tokens.shape == (2, 4, 9, 24)
-    np.testing.assert_allclose(model.features(params, clip(4)), tokens.mean(axis=(1, 2)), atol=1e-5)
+    np.testing.assert_allclose(features(model, params, clip(4)), tokens.mean(axis=(1, 2)), atol=1e-5)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -136,8 +143,8 @@ def test_remat_changes_nothing_but_memory(mixer):
 
     model = tiny(mixer=mixer, drop_path=0.3)
     params = random_params(model)
-    plain = jax.value_and_grad(loss)(params, model)
-    again = jax.value_and_grad(loss)(params, tiny(mixer=mixer, drop_path=0.3, remat="block"))
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain, again = gradient(params, model), gradient(params, tiny(mixer=mixer, drop_path=0.3, remat="block"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, again)
     jaxpr = str(jax.make_jaxpr(jax.grad(lambda p: loss(p, tiny(mixer=mixer, remat="block"))))(params))
     assert "checkpoint" in jaxpr or "remat" in jaxpr
@@ -145,20 +152,20 @@ def test_remat_changes_nothing_but_memory(mixer):
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     model, exact = tiny(mixer="divided", dtype="bfloat16"), tiny(mixer="divided")
-    params = model.init(jax.random.key(0))
+    params = init(model)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    assert model.bind(params).tokens(clip(4)).dtype == jnp.bfloat16
-    logits, expected = model.logits(params, clip(4)), exact.logits(params, clip(4))
-    assert logits["actions"].dtype == jnp.float32
-    np.testing.assert_allclose(logits["actions"], expected["actions"], atol=0.02)
+    assert tokens_of(model, params, clip(4)).dtype == jnp.bfloat16
+    result, expected = logits(model, params, clip(4)), logits(exact, params, clip(4))
+    assert result["actions"].dtype == jnp.float32
+    np.testing.assert_allclose(result["actions"], expected["actions"], atol=0.02)
 
 
 def test_dropout_and_drop_path_need_a_key():
     model = tiny(drop_path=0.5, dropout=0.5)
     params = random_params(model)
     pixels = clip(2)
-    np.testing.assert_array_equal(model.logits(params, pixels)["digits"], model.logits(params, pixels)["digits"])
-    a, b = (model.logits(params, pixels, jax.random.key(i))["digits"] for i in (0, 1))
+    np.testing.assert_array_equal(logits(model, params, pixels)["digits"], logits(model, params, pixels)["digits"])
+    a, b = (logits(model, params, pixels, jax.random.key(i))["digits"] for i in (0, 1))
     assert np.abs(a - b).max() > 1e-3
 
 

@@ -43,37 +43,40 @@ def training_clip(example: dict, spec: ClipSpec, rng: np.random.Generator) -> np
 
 
 def views(example: dict, spec: ClipSpec, temporal: int, spatial: int, part: tuple[float, float] | None = None) -> np.ndarray:
-    """Decodes `example` to its evaluation views uint8[V, T, height, width, 3], V = temporal x spatial.
+    """Decodes `example` to its evaluation views uint8[V, T, height, width, 3], V = temporal x spatial, the spatial ones of a moment side by side.
 
-    An image has one frame, so its temporal views are equal. `part` restricts a video to the seconds from its first to its second number.
+    Each file is decoded once for all its views. An image has one frame, so its temporal views are equal. `part` restricts a video to the seconds from
+    its first to its second number.
 
     Raises:
       DecodeError: the file can't be read.
     """
+    boxes = []
 
-    def whole(height, width):  # all crops are of one resized picture, so it is decoded once
-        resize = transforms.view_geometry(height, width, spec.settings, spec.size, 0, spatial).resize
-        return transforms.Geometry(resize, 0, 0, *resize)
-
-    def crops(clip, height, width):
-        for view in range(spatial):
-            box = transforms.view_geometry(height, width, spec.settings, spec.size, view, spatial)
-            yield clip[:, box.top : box.top + box.height, box.left : box.left + box.width]
+    def choose(height, width):
+        boxes[:] = [transforms.view_geometry(height, width, spec.settings, spec.size, view, spatial) for view in range(spatial)]
+        return _hull(boxes)
 
     if "image" in example:
-        size = []
+        moments = [read_image(example["image"], choose, spec.max_pixels)] * temporal
+    else:
+        with Video(example["video"], spec.max_pixels) as video:
+            start, end = part or (0.0, video.info.duration)
+            info = replace(video.info, duration=end - start)
+            times = [start + clips.view_times(info, spec.frames, spec.settings, view, temporal) for view in range(temporal)]
+            clip = video.read(np.concatenate(times), choose(video.info.height, video.info.width))
+        moments = np.split(clip, temporal)
+    hull = _hull(boxes)
+    return np.stack([_cut(clip, box, hull) for clip in moments for box in boxes])
 
-        def choose(height, width):
-            size[:] = height, width
-            return whole(height, width)
 
-        clip = read_image(example["image"], choose, spec.max_pixels)
-        return np.stack(list(crops(clip, *size)) * temporal)
-    result = []
-    with Video(example["video"], spec.max_pixels) as video:
-        size, (start, end) = (video.info.height, video.info.width), part or (0.0, video.info.duration)
-        info = replace(video.info, duration=end - start)
-        for view in range(temporal):
-            clip = video.read(start + clips.view_times(info, spec.frames, spec.settings, view, temporal), whole(*size))
-            result += crops(clip, *size)
-    return np.stack(result)
+def _hull(boxes: list[transforms.Geometry]) -> transforms.Geometry:
+    """The smallest crop that holds several crops of one resized picture."""
+    top, left = min(box.top for box in boxes), min(box.left for box in boxes)
+    bottom, right = max(box.top + box.height for box in boxes), max(box.left + box.width for box in boxes)
+    return transforms.Geometry(boxes[0].resize, top, left, bottom - top, right - left)
+
+
+def _cut(clip: np.ndarray, box: transforms.Geometry, hull: transforms.Geometry) -> np.ndarray:
+    top, left = box.top - hull.top, box.left - hull.left
+    return clip[:, top : top + box.height, left : left + box.width]

@@ -4,28 +4,31 @@ Everything is random-access: the tuple of step i is a function of (config, seed,
 hosts or devices. So the data position of a run is its step number, and a checkpoint holds no iterator state.
 
 A stream is a sequence of batches of one clip shape. The schedule says which streams a step reads: `mixed` has one stream per clip shape, with the
-tasks of that shape drawn in proportion to their sizes, and reads all of them (CoVeR 4.1); `round_robin` has one per task and reads them in turn (IV-ViT 5.3).
+tasks of that shape drawn in proportion to their sizes, and reads all of them (CoVeR 4.1); `round_robin` has one per task and reads them in turn
+(IV-ViT 5.3).
 """
 
+import contextlib
 import logging
 import math
-import os
 import sys
+import threading
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
 
 import grain
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 
 from vidjoint.data.examples import ClipSpec, training_clip, views
 from vidjoint.data.sources import Source, open_source
 from vidjoint.data.video import DecodeError
+from vidjoint.data.workers import Decoder, cores, decode_ahead
 from vidjoint.errors import UserError
 
-MAX_SUBSTITUTES = 100  # undecodable files in a row before an example is given up
+MAX_SUBSTITUTES = 100  # files that are tried in place of an undecodable one before its row is masked
 
 log = logging.getLogger(__name__)
 
@@ -81,38 +84,46 @@ def union_size(config: ConfigDict, tasks: dict[str, Task]) -> float:
     return sum(len(task.train) * config.tasks[name].sample_weight for name, task in tasks.items())
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stream:
-    """Batches of one clip shape."""
+    """Batches of one clip shape, cut from one endless sequence in which the tasks alternate."""
 
-    tasks: list[Task]
-    batch_size: int
-    dataset: grain.MapDataset = field(repr=False, default=None)  # element r is row r of the endless sequence of this process's examples
+    tasks: tuple[Task, ...]
+    batch_size: int  # examples per batch, over all processes
+    weights: tuple[int, ...]  # of sum(weights) consecutive examples, so many are of each task
+    examples: tuple[grain.MapDataset, ...]  # the endless sequence of each task, as rows of batches
 
     @property
     def name(self) -> str:
         return "+".join(task.name for task in self.tasks)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.tasks[0].clip.shape
+
+    def __getitem__(self, i: int) -> dict:
+        """Example i of the endless sequence, decoded."""
+        before, after = _counts(i, self.weights), _counts(i + 1, self.weights)
+        task = next(t for t in range(len(before)) if before[t] < after[t])
+        return self.examples[task][before[task]]
 
 
 class Mixture:
     """The training data of a run: `mixture.step(i)`, or `mixture.iterate(i)` for the same with decoding ahead.
 
     A batch is `{"pixels": uint8[B, T, H, W, 3], "label": int32[B], "task": int32[B], "mask": bool[B]}`, B rows of this process. Rows whose mask is
-    False only fill up the global batch to a multiple of `row_multiple` (the devices that share a batch).
+    False only fill up the global batch to a multiple of `row_multiple` (the devices that share a batch), or stand for a file that can't be decoded
+    and has no substitute either.
     """
 
     def __init__(self, config: ConfigDict, tasks: dict[str, Task], *, process: int = 0, processes: int = 1, row_multiple: int = 1):
         self.tasks = {name: task for name, task in tasks.items() if task.train is not None}
         self.union = union_size(config, self.tasks)
         self.steps_per_epoch = self.union / config.batch_size
-        self.max_bad_share = config.data.max_bad_share
-        self.bad: dict[str, dict[int, str]] = {name: {} for name in self.tasks}  # task -> {file: reason}, as met so far
+        self.bad: dict[str, dict[int, str]] = {name: {} for name in self.tasks}  # task -> {file: reason}, as met so far by this process
         self._data = config.data
         self._streams_per_step, self.streams = SCHEDULES[config.schedule](config, self.tasks)
-        for stream in self.streams:
-            examples = _endless(config, stream.tasks)
-            rows = math.ceil(stream.batch_size / row_multiple) * row_multiple
-            stream.dataset = _Rows(examples, stream.batch_size, rows, process, processes, stream.tasks[0].clip.shape)
+        self.rows = [_rows_of(process, processes, math.ceil(stream.batch_size / row_multiple) * row_multiple) for stream in self.streams]
 
     def plan(self, step: int) -> list[tuple[int, int]]:
         """Which batches step `step` takes: (stream, position in the stream)."""
@@ -122,120 +133,168 @@ class Mixture:
 
     def step(self, step: int) -> tuple[dict, ...]:
         """The tuple of batches of one step, decoded here and now."""
-        return tuple(self._checked(self._batches(stream)[position]) for stream, position in self.plan(step))
+        with contextlib.closing(_Steps(self, self._data.threads or cores())) as steps:
+            return self._checked(steps.map(step))
 
     def iterate(self, start: int = 0) -> Iterator[tuple[dict, ...]]:
-        """Yields the tuples of steps start, start + 1, ... without end; decodes ahead in threads or worker processes. Close it when done.
+        """Yields the tuples of steps start, start + 1, ... without end; decodes `data.prefetch` of them ahead, in threads or worker processes.
+
+        Close it when done.
 
         Raises:
           UserError: more files of a task than `data.max_bad_share` of its training set can't be decoded.
         """
-        first = [math.inf] * len(self.streams)
-        for step in range(start, start + len(self.streams)):
-            for stream, position in self.plan(step):
-                first[stream] = min(first[stream], position)
-        iterators = [self._prefetched(stream, position) for stream, position in enumerate(first)]
-        try:
-            while True:
-                yield tuple(self._checked(next(iterators[stream])) for stream, _ in self.plan(start))
-                start += 1
-        finally:
-            for iterator in iterators:
-                iterator.close()
+        workers = self._data.workers
+        rows = sum(len(self.rows[s]) for s, _ in self.plan(start))  # the same in every step
+        batch_bytes = [len(rows) * math.prod(stream.shape) for stream, rows in zip(self.streams, self.rows, strict=True)]
+        most_bytes = sum(sorted(batch_bytes)[-self._streams_per_step :])
+        steps = _Steps(self, max(1, (self._data.threads or cores()) // max(workers, 1)))
+        with contextlib.closing(decode_ahead(steps, range(start, sys.maxsize), rows, self._data.prefetch, workers, most_bytes)) as tuples:
+            for batches in map(self._checked, tuples):
+                if workers:  # copies shared memory, which grain frees only while the interpreter is whole
+                    batches = tuple({name: np.array(column) for name, column in batch.items()} for batch in batches)
+                yield batches
 
-    def _batches(self, stream: int) -> grain.MapDataset:
-        rows = self.streams[stream].dataset
-        return rows.batch(rows.local, batch_fn=_collate)
-
-    def _prefetched(self, stream: int, position: int):
-        data, rows = self._data, self.streams[stream].dataset
-        threads = data.threads or os.cpu_count()
-        if data.workers:
-            if not flags.FLAGS.is_parsed():  # grain reads its settings from flags
-                flags.FLAGS.mark_as_parsed()
-            options = grain.ReadOptions(max(1, threads // data.workers), data.prefetch)
-            batches = self._batches(stream)[position:].to_iter_dataset(options)
-            return iter(batches.mp_prefetch(grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=data.prefetch)))
-        options = grain.ReadOptions(threads, max(threads, data.prefetch * rows.local))
-        batches = rows[position * rows.local :].to_iter_dataset(options).batch(rows.local, batch_fn=_collate)
-        return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1))
-
-    def _checked(self, batch: dict) -> dict:
-        """Takes the failures out of a batch, logs files not met before, and stops when there are too many."""
-        for name, index, reason in batch.pop("bad"):
+    def _checked(self, batches: tuple[dict, ...]) -> tuple[dict, ...]:
+        """Takes the failures out of batches, logs files not met before, and stops when there are too many."""
+        for name, index, reason in [failure for batch in batches for failure in batch.pop("bad")]:
             seen, source = self.bad[name], self.tasks[name].train
             if index not in seen:
                 seen[index] = f"{source.name(index)}: {reason}"
                 log.warning("%s: skipped %s", name, seen[index])
-            if len(seen) > self.max_bad_share * len(source):
+            if len(seen) > self._data.max_bad_share * len(source):
+                limit = f"data.max_bad_share={self._data.max_bad_share}"
                 raise UserError(
-                    f"{name}: {len(seen)} of {len(source)} training files can't be decoded, above data.max_bad_share={self.max_bad_share}; mend or remove:",
+                    f"{name}: {len(seen)} of {len(source)} training files can't be decoded, above {limit}; mend them or take them out:",
                     *(f"  {line}" for line in seen.values()),
                 )
-        return batch
+        return batches
 
 
 def evaluation_batches(
     task: Task, config: ConfigDict, batch_size: int, temporal: int, spatial: int, *, process: int = 0, processes: int = 1
 ) -> Iterator[dict]:
-    """Yields the validation split once, in order: `{"pixels": uint8[B, V, T, H, W, 3], "label": int32[B], "index": int32[B], "mask": bool[B], "bad": [...]}`.
+    """Yields the validation split once, in order, decoded ahead in threads; the more views, the fewer batches ahead.
 
-    B = batch_size / processes rows of this process, V = temporal x spatial views. Every process yields the same number of batches; a row whose mask is
-    False is filling or a file that can't be decoded (named in `bad` as (task, index, reason)).
+    A batch is `{"pixels": uint8[B, V, T, H, W, 3], "label": int32[B], "index": int32[B], "mask": bool[B], "bad": [...]}`: the B rows of this process,
+    batch_size / processes, with V = temporal x spatial views. Every process yields the same number of batches. A row whose mask is False is filling,
+    or a file that can't be decoded (named in `bad` as (task, index, reason)).
     """
-    local = batch_size // processes
-    total = math.ceil(len(task.val) / batch_size) * batch_size
-    shape = (temporal * spatial, *task.clip.shape)
-    rows = grain.MapDataset.range(total).map(_LoadViews(task, temporal, spatial))
-    rows = _Rows(rows, batch_size, batch_size, process, processes, shape)
-    threads = config.data.threads or os.cpu_count()
-    options = grain.ReadOptions(threads, max(threads, config.data.prefetch * local))
-    return iter(rows.to_iter_dataset(options).batch(local, batch_fn=_collate))
+    decoder = _ViewBatches(task, batch_size, _rows_of(process, processes, batch_size), (temporal, spatial), config.data.threads or cores())
+    numbers = range(math.ceil(len(task.val) / batch_size))
+    prefetch = max(1, config.data.prefetch // (temporal * spatial))
+    return decode_ahead(decoder, numbers, batch_size // processes, prefetch)
+
+
+# Schedules
 
 
 def _mixed(config: ConfigDict, tasks: dict[str, Task]) -> tuple[int, list[Stream]]:
-    """One stream per clip shape, read side by side; batch_size is shared out in proportion to the examples behind each (largest remainder)."""
+    """One stream per clip shape, read side by side; batch_size is shared out in proportion to the examples behind each."""
     groups: dict[tuple, list[Task]] = {}
     for task in tasks.values():
         groups.setdefault(task.clip.shape, []).append(task)
-    shares = np.array([union_size(config, {t.name: t for t in group}) for group in groups.values()])
-    shares = shares / shares.sum() * config.batch_size
-    sizes = np.maximum(np.floor(shares).astype(int), 1)  # no clip shape is left out
-    for i in np.argsort(sizes - shares, kind="stable")[: config.batch_size - sizes.sum()]:
-        sizes[i] += 1
-    while sizes.sum() > config.batch_size:
-        sizes[sizes.argmax()] -= 1
-    return len(groups), [Stream(group, int(size)) for group, size in zip(groups.values(), sizes, strict=True)]
+    if config.batch_size < len(groups):
+        raise UserError(f"batch_size={config.batch_size}, but the tasks have {len(groups)} clip shapes and each needs a row: enlarge it")
+    sizes = _largest_remainder([union_size(config, {task.name: task for task in group}) for group in groups.values()], config.batch_size)
+    return len(groups), [_stream(config, group, size) for group, size in zip(groups.values(), sizes, strict=True)]
 
 
 def _round_robin(config: ConfigDict, tasks: dict[str, Task]) -> tuple[int, list[Stream]]:
     """One stream per task, one read per step, in `task_order`."""
-    return 1, [Stream([tasks[name]], config.batch_size) for name in config.task_order or tasks]
+    return 1, [_stream(config, [tasks[name]], config.batch_size) for name in config.task_order or tasks]
 
 
 SCHEDULES = {"mixed": _mixed, "round_robin": _round_robin}
 
 
-def _endless(config: ConfigDict, tasks: list[Task]) -> grain.MapDataset:
-    """An endless random-access sequence of the tasks' examples; each set is shuffled anew in every pass, and sets alternate in proportion to size."""
-    datasets, weights = [], []
-    for task in tasks:
-        seed = np.random.SeedSequence([config.seed, zlib.crc32(task.name.encode())]).generate_state(1)[0]
-        dataset = grain.MapDataset.range(len(task.train)).seed(int(seed)).shuffle().repeat(None)
-        datasets.append(dataset.random_map(_LoadClip(task)))
-        weights.append(len(task.train) * config.tasks[task.name].sample_weight)
-    return grain.MapDataset.mix(datasets, weights) if len(datasets) > 1 else datasets[0]
+def _largest_remainder(weights: list[float], total: int) -> list[int]:
+    """Shares `total` out in proportion to `weights` by largest remainder; everyone gets 1 at least, at the expense of the largest."""
+    exact = [weight / sum(weights) * total for weight in weights]
+    shares = [math.floor(share) for share in exact]
+    for i in sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])[: total - sum(shares)]:
+        shares[i] += 1
+    while 0 in shares:
+        shares[shares.index(max(shares))] -= 1
+        shares[shares.index(0)] += 1
+    return shares
+
+
+def _stream(config: ConfigDict, tasks: list[Task], batch_size: int) -> Stream:
+    sizes = [len(task.train) * Fraction(str(config.tasks[task.name].sample_weight)) for task in tasks]
+    unit = Fraction(math.gcd(*(size.numerator for size in sizes)), math.lcm(*(size.denominator for size in sizes)))
+    return Stream(tuple(tasks), batch_size, tuple(int(size / unit) for size in sizes), tuple(_endless(config.seed, task) for task in tasks))
+
+
+def _endless(seed: int, task: Task) -> grain.MapDataset:
+    """The examples of a task as rows of batches, pass after pass. Depends on the seed and the task's name, not on other tasks."""
+    seed = int(np.random.SeedSequence([seed, zlib.crc32(task.name.encode())]).generate_state(1)[0])
+    return grain.MapDataset.source(_Passes(len(task.train), seed)).seed(seed).random_map(_LoadClip(task))
+
+
+class _Passes:
+    """Position -> number of an example, without end: every pass over `size` examples is a new permutation.
+
+    Holds two passes, 4 bytes an example. (grain's own shuffle holds nothing, but takes milliseconds per example of a set of a hundred: it walks a
+    permutation of 2^16 numbers until one is in the set.)
+    """
+
+    def __init__(self, size: int, seed: int):
+        self._size, self._seed = size, seed
+        self._orders: dict[int, np.ndarray] = {}  # pass -> int32[size]
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return _Passes, (self._size, self._seed)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, i: int) -> int:
+        number, position = divmod(int(i), self._size)
+        return int(self._order(number)[position])
+
+    def _order(self, number: int) -> np.ndarray:
+        with self._lock:
+            if number not in self._orders:
+                order = np.arange(self._size, dtype=np.int32)
+                np.random.default_rng([self._seed, number]).shuffle(order)
+                self._orders = {**dict(list(self._orders.items())[-1:]), number: order}
+            return self._orders[number]
+
+
+def _counts(n: int, weights: tuple[int, ...]) -> list[int]:
+    """How many of the first n members of an endless sequence are of each kind.
+
+    Kind 1 gets its share of n, rounded up, kind 2 its share of the others, and so on: exact after every sum(weights), evenly spread between.
+    """
+    counts, total = [], sum(weights)
+    for weight in weights:
+        others = n * (total - weight) // total
+        counts.append(n - others)
+        n, total = others, total - weight
+    return counts
+
+
+def _rows_of(process: int, processes: int, rows: int) -> range:
+    """Which of a global batch's `rows` a process holds."""
+    if rows % processes:
+        raise ValueError(f"{rows} rows cannot be shared by {processes} processes")
+    return range(process * (rows // processes), (process + 1) * (rows // processes))
+
+
+# Decoding: see `Decoder.start_batch` for what a row is
 
 
 class _LoadClip(grain.transforms.RandomMap):
-    """Index of a training example -> row of a batch. A file that can't be decoded is replaced by the one after it."""
+    """Index of a training example -> row. A file that can't be decoded is replaced by the one after it."""
 
     def __init__(self, task: Task):
         self.task = task
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict:
         task, bad = self.task, []
-        for substitute in range(min(MAX_SUBSTITUTES, len(task.train))):
+        for substitute in range(min(MAX_SUBSTITUTES + 1, len(task.train))):
             source_index = (int(index) + substitute) % len(task.train)
             try:
                 example = task.train[source_index]
@@ -243,53 +302,43 @@ class _LoadClip(grain.transforms.RandomMap):
             except DecodeError as error:
                 bad.append((task.name, source_index, str(error)))
                 continue
-            return {"pixels": pixels, "label": np.int32(example["label"]), "task": np.int32(task.index), "mask": True, "bad": bad}
-        return {**_blank(task.clip.shape), "task": np.int32(task.index), "bad": bad}
+            return {"pixels": pixels, "label": example["label"], "task": task.index, "mask": True, "bad": bad}
+        return {"pixels": None, "label": 0, "task": task.index, "mask": False, "bad": bad}
 
 
-class _LoadViews(grain.transforms.Map):
-    """Index of a validation example -> row of a batch, masked if it can't be decoded or lies beyond the end."""
+class _Steps(Decoder):
+    """Step -> its tuple of batches, the rows of one process."""
 
-    def __init__(self, task: Task, temporal: int, spatial: int):
-        self.task, self.temporal, self.spatial = task, temporal, spatial
+    def __init__(self, mixture: Mixture, threads: int):
+        super().__init__(threads)
+        self._mixture = mixture
 
-    def map(self, index: int) -> dict:
-        task, index = self.task, int(index)
-        row = {**_blank((self.temporal * self.spatial, *task.clip.shape)), "task": np.int32(task.index), "index": np.int32(index)}
-        if index >= len(task.val):
-            return row
+    def map(self, step: int) -> tuple[dict, ...]:
+        started = [self._start(self._mixture.streams[s], position, self._mixture.rows[s]) for s, position in self._mixture.plan(int(step))]
+        return tuple(wait() for wait in started)
+
+    def _start(self, stream: Stream, position: int, rows: range) -> Callable[[], dict]:
+        examples = range(position * stream.batch_size, (position + 1) * stream.batch_size)[rows.start : rows.stop]
+        return self.start_batch(stream.__getitem__, examples, len(rows), stream.shape, {"label": np.int32, "task": np.int32, "mask": bool})
+
+
+class _ViewBatches(Decoder):
+    """Number of an evaluation batch -> the batch, the rows of one process."""
+
+    def __init__(self, task: Task, batch_size: int, rows: range, view_counts: tuple[int, int], threads: int):
+        super().__init__(threads)
+        self._task, self._batch_size, self._rows, self._view_counts = task, batch_size, rows, view_counts
+
+    def map(self, number: int) -> dict:
+        first = int(number) * self._batch_size
+        examples = range(len(self._task.val))[first + self._rows.start : first + self._rows.stop]
+        shape = (math.prod(self._view_counts), *self._task.clip.shape)
+        return self.start_batch(self._row, examples, len(self._rows), shape, {"label": np.int32, "index": np.int32, "mask": bool})()
+
+    def _row(self, index: int) -> dict:
         try:
-            example = task.val[index]
-            row["label"] = np.int32(example["label"])
-            return {**row, "pixels": views(example, task.clip, self.temporal, self.spatial), "mask": True}
+            example = self._task.val[index]
+            pixels = views(example, self._task.clip, *self._view_counts)
+            return {"pixels": pixels, "label": example["label"], "index": index, "mask": True, "bad": []}
         except DecodeError as error:
-            return {**row, "bad": [(task.name, index, str(error))]}
-
-
-class _Rows(grain.MapDataset):
-    """The rows that one process holds of consecutive global batches of `batch` examples, filled up to `rows` with blanks."""
-
-    def __init__(self, parent: grain.MapDataset, batch: int, rows: int, process: int, processes: int, shape: tuple[int, ...]):
-        super().__init__(parent)
-        if rows % processes:
-            raise ValueError(f"{rows} rows cannot be shared by {processes} processes")
-        self.local, self._batch, self._offset, self._shape = rows // processes, batch, process * (rows // processes), shape
-
-    def __len__(self) -> int:
-        return min(len(self._parent) // self._batch * self.local, sys.maxsize)  # the parent may be endless already
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        batch, row = divmod(index, self.local)
-        row += self._offset
-        return self._parent[batch * self._batch + row] if row < self._batch else _blank(self._shape)
-
-
-def _blank(shape: tuple[int, ...]) -> dict:
-    return {"pixels": np.zeros(shape, np.uint8), "label": np.int32(0), "task": np.int32(0), "mask": False, "bad": []}
-
-
-def _collate(rows: list[dict]) -> dict:
-    batch = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key != "bad"}
-    return {**batch, "bad": [failure for row in rows for failure in row["bad"]]}
+            return {"pixels": None, "label": 0, "index": index, "mask": False, "bad": [(self._task.name, index, str(error))]}

@@ -26,7 +26,7 @@ class Heads(nnx.Module):
     def __init__(self, width: int, classes: dict[str, int], rngs: nnx.Rngs):
         self.tasks = tuple(classes)
         for task, count in classes.items():
-            setattr(self, task, Dense(width, count, dtype=jnp.float32, rngs=rngs))
+            setattr(self, task, Dense(width, count, dtype=jnp.float32, rngs=rngs, kernel_init=nnx.initializers.truncated_normal(0.02)))
 
     def __call__(self, features: jax.Array) -> dict[str, jax.Array]:
         """float[B, D] -> {task: logits float32[B, C of the task]}."""

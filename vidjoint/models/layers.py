@@ -9,14 +9,14 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-TRUNC_NORMAL = nnx.initializers.truncated_normal(0.02)
+XAVIER = nnx.initializers.xavier_uniform()  # scaled to the width, as in ViT's own code: a fixed 0.02 leaves narrow models almost linear, and stuck
 ZEROS = nnx.initializers.zeros_init()
 
 
 class Dense(nnx.Linear):
     """A linear layer on the last axis. Inputs are flattened to two axes first: XLA's batched products are slow on CPUs (float[..., D] -> float[..., E])."""
 
-    def __init__(self, in_features: int, out_features: int, *, dtype, rngs: nnx.Rngs, kernel_init=TRUNC_NORMAL):
+    def __init__(self, in_features: int, out_features: int, *, dtype, rngs: nnx.Rngs, kernel_init=XAVIER):
         super().__init__(in_features, out_features, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -9,13 +9,12 @@ from einops import rearrange
 from flax import nnx
 
 from vidjoint.models.heads import POOLS, Heads
-from vidjoint.models.layers import TRUNC_NORMAL, ZEROS, Attention, Dense, Mlp, drop_path, layer_norm, resize_position, resize_time
+from vidjoint.models.layers import ZEROS, Attention, Dense, Mlp, drop_path, layer_norm, resize_position, resize_time
 from vidjoint.models.mixers import MIXERS
 
 
 @dataclass(frozen=True)
 class DividedSpec:
-    temporal_init: str = "zero"
     image_temporal: str = "affine"
 
 
@@ -38,6 +37,7 @@ class ViTSpec:
     frames: int = 8  # rows of the time table
     image_size: int = 224  # pixels; gives the grid of the position table
     mixer: str = "none"
+    temporal_init: str = "zero"
     pool: str = "class_token"
     class_token: bool = True
     dtype: str = "float32"
@@ -93,11 +93,13 @@ class PatchEmbed(nnx.Module):
         self.spec = spec
         rows, columns = spec.grid
         self.proj = Dense(3 * spec.patch**2, spec.width, dtype=spec.dtype, rngs=rngs)
-        self.position = nnx.Param(TRUNC_NORMAL(rngs.params(), (spec.prefix + rows * columns, spec.width)))
+        table = nnx.initializers.normal(spec.width**-0.5)  # as large as what the projection makes of the pixels, whatever the width
+        self.position = nnx.Param(table(rngs.params(), (spec.prefix + rows * columns, spec.width)))
         if spec.class_token:
-            self.class_token = nnx.Param(TRUNC_NORMAL(rngs.params(), (spec.width,)))
+            self.class_token = nnx.Param(ZEROS(rngs.params(), (spec.width,)))
         if MIXERS[spec.mixer].time_table:
-            self.time = nnx.Param(ZEROS(rngs.params(), (spec.frames, spec.width)))
+            init = table if spec.temporal_init == "random" else ZEROS
+            self.time = nnx.Param(init(rngs.params(), (spec.frames, spec.width)))
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """uint8 or float[B, T, height, width, 3] in 0..255 -> float[B, T, N, D], N = class token + (height / patch) (width / patch).

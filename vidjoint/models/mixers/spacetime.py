@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from vidjoint.models.layers import TRUNC_NORMAL, ZEROS, Attention, Dense, layer_norm
+from vidjoint.models.layers import XAVIER, ZEROS, Attention, Dense, layer_norm
 from vidjoint.models.mixers.base import Drop, Mixer
 
 
@@ -25,7 +25,7 @@ class Divided(Mixer):
     def __init__(self, spec, rngs: nnx.Rngs):
         super().__init__(spec, rngs)
         self.skip_images = spec.divided.image_temporal == "skip"
-        init = ZEROS if spec.divided.temporal_init == "zero" else TRUNC_NORMAL
+        init = ZEROS if spec.temporal_init == "zero" else XAVIER
         self.temporal_norm = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
         self.temporal_attn = Attention(spec.width, spec.heads, dtype=spec.dtype, rngs=rngs)
         self.temporal_fc = Dense(spec.width, spec.width, dtype=spec.dtype, rngs=rngs, kernel_init=init)
