@@ -11,12 +11,12 @@ from vidjoint.config import base_config, task_config
 
 def get_config():
     config = base_config()
-    config.total_steps = 1800
+    config.total_steps = 1300
     config.batch_size = 64
-    config.checkpoint_every = 300
-    config.eval_every = 300
+    config.checkpoint_every = 500
+    config.eval_every = 500
 
-    config.model.update(variant="Ti/8", width=64, depth=3, heads=4, mlp_dim=256, frames=8, image_size=32, dtype="float32")
+    config.model.update(variant="Ti/8", width=64, depth=2, heads=4, mlp_dim=256, frames=8, image_size=32, dtype="float32")
     # IV-ViT's mixer under CoVeR's schedule: from scratch, shifting all tokens learns the sense of a motion within minutes; attention over time needs far longer
     config.model.update(mixer="token_shift", pool="average")
     config.model.token_shift.update(tokens="all", fraction=0.25)
@@ -28,6 +28,6 @@ def get_config():
     config.tasks.update(
         digits=task_config(train="digits:train", val="digits:test", **image),
         appearance=task_config(train="appearance:train", val="appearance:test", **video),
-        motion=task_config(train="motion:train", val="motion:test", **video),
+        motion=task_config(train="motion:train", val="motion:test", sample_weight=2.0, **video),
     )
     return config

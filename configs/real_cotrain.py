@@ -15,7 +15,7 @@ from vidjoint.config import base_config, task_config
 def get_config():
     config = base_config()
     config.total_steps = 2400
-    config.batch_size = 88  # 24 clips (16 gestures, 8 surveillance) and 64 pictures, by the sample weights below
+    config.batch_size = 70  # 22 clips (16 gestures, 6 surveillance) and 48 pictures, by the sample weights below
     config.eval_every = 600
     config.checkpoint_every = 600
 
@@ -26,21 +26,21 @@ def get_config():
     config.optim.update(lr=2e-3, weight_decay=0.05, warmup_steps=100, clip_norm=1.0, ema=0.995)
     config.loss.label_smoothing = 0.1
 
-    clip = dict(sampler="segments", image_size=(24, 32), crop="area", area=(0.5, 1.0), aspect=(1.0, 1.8))
+    clip = dict(sampler="segments", image_size=(24, 32), crop="area", area=(0.3, 1.0), aspect=(1.0, 1.8))
     config.tasks.update(
         gestures=task_config(
-            train="gestures/train.csv", val="gestures/val.csv", labels="gestures/labels.txt", flip=False, randaugment_layers=1, **clip
+            train="gestures/train.csv", val="gestures/val.csv", labels="gestures/labels.txt", flip=False, **clip
         ),
         surveillance=task_config(
             train="surveillance/train.csv",
             val="surveillance/val.csv",
             labels="surveillance/labels.txt",
             loss_weight=0.1,
-            sample_weight=0.39,
+            sample_weight=0.29,
             **clip,
         ),
         cifar10=task_config(
-            source="folder", media="image", train="cifar10/train.zip", fold="1/10", area=(0.4, 1.0), crop="area", loss_weight=0.1, sample_weight=0.067
+            source="folder", media="image", train="cifar10/train.zip", fold="1/10", area=(0.4, 1.0), crop="area", loss_weight=0.1, sample_weight=0.05
         ),
     )
     return config

@@ -163,9 +163,9 @@ def test_the_task_may_be_left_out_where_it_is_clear(run, model):
     two = Classifier.__new__(Classifier)
     two.config, two.labels = model.config.copy_and_resolve_references(), model.labels
     two.config.tasks.stills.media = "video"
-    with pytest.raises(UserError, match="several tasks could be meant: choose one of clips, stills"):
+    with pytest.raises(UserError, match="several tasks could be meant: task must be one of clips, stills"):
         two.choose_task()
-    with pytest.raises(UserError, match="there is no task 'cups': choose one of clips, stills"):
+    with pytest.raises(UserError, match="there is no task 'cups': task must be one of clips, stills"):
         model.choose_task("cups")
     two.labels = {"stills": tiny.STILLS}
     assert two.choose_task() == "stills"

@@ -201,11 +201,11 @@ def test_command_reads_a_list_of_the_user(command, run, tmp_path, kind):
 
 
 def test_mistakes_are_one_line_each(command, run, tmp_path):
-    (tmp_path / "bad.csv").write_text("00.mp4,mice\n01.mp4,left\nabsent.mp4,left\n")
+    (tmp_path / "bad.csv").write_text("00.mp4,mice\n01.mp4,5 left\nabsent.mp4,5 left\n")
     (tmp_path / "numbers.csv").write_text("00.mp4 0\n01.mp4 8\n")
     clips = f"--root={run / 'data/clips'}"
     cases = {
-        ("--task=cups",): ["error: there is no task 'cups': choose one of clips, stills"],
+        ("--task=cups",): ["error: there is no task 'cups': task must be one of clips, stills"],
         ("--views=3",): ["error: --views=3: write temporal x spatial views, as in 1x3"],
         ("--data=x.csv",): ["error: --data needs --task: say which of the run's heads its labels are for"],
         ("--root=x",): ["error: --root is where the paths of --data start: give --data too (if the run's own data has moved, --data_root)"],

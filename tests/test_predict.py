@@ -127,7 +127,7 @@ def test_windows(run, command, tmp_path):
 def test_mistakes_are_one_line_each(run, command, tmp_path):
     clip = run / "data/clips/00.mp4"
     cases = {
-        (clip, "--task=cups"): "there is no task 'cups': choose one of clips, stills",
+        (clip, "--task=cups"): "there is no task 'cups': task must be one of clips, stills",
         (clip, "--topk=0"): "--topk=0",
         (clip, "--window=0"): "--window=0",
         (clip, "--window=nan"): "--window=nan",

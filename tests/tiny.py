@@ -13,7 +13,7 @@ from vidjoint.config import base_config, task_config
 from vidjoint.models.build import build
 from vidjoint.run_folder import RunFolder
 
-CLIPS = ("0 cats", "1 dogs", "up, then down", "été", "left", "right", "over", "under")  # names that lists and label files can get wrong
+CLIPS = ("3 cats", "1 dogs", "0 up, then down", "2 été", "5 left", "4 right", "7 over", "6 under")  # names that label files can get wrong
 STILLS = tuple("0123456789")
 VALIDATION = {"clips": 11, "stills": 13}  # no batch size of the tests divides these
 

@@ -124,7 +124,7 @@ class Classifier:
                 return only[0]
         if task not in self.labels:
             fault = "several tasks could be meant" if task is None else f"there is no task {task!r}"
-            raise UserError(f"{fault}: choose one of {', '.join(self.labels)}")
+            raise UserError(f"{fault}: task must be one of {', '.join(self.labels)}")
         return task
 
 

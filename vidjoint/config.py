@@ -44,7 +44,7 @@ def base_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.threads = 0  # decoding threads of this process; 0: one per core
     c.data.workers = 0  # decoding processes; 0: threads of this process (PyAV releases the GIL, so threads are enough)
-    c.data.prefetch = 4  # batches per stream that are kept ready
+    c.data.prefetch = 4  # steps whose batches are decoded ahead (each worker process: at least four)
     c.data.max_bad_share = 0.1  # share of one training set's files that may fail to decode before the run stops with their list
     c.data.max_pixels = 8192 * 4352  # width x height above which a file is refused: bounds the memory of one decoder
 
@@ -250,16 +250,19 @@ def _load_file(file: Path, arguments: list[str]) -> ConfigDict:
 
     if not isinstance(config, ConfigDict):
         raise UserError(f"{file}: get_config() returns no config: start from vidjoint.config.base_config() and return it")
-    wanted, problems = _flat(base_config().to_dict()), []
-    for name, task in (config.tasks if isinstance(config.get("tasks"), ConfigDict) else {}).items():
-        if not isinstance(task, ConfigDict):
+    wanted, found = _flat(base_config().to_dict()), _flat(config.to_dict())
+    problems = []
+    for name, task in config.get("tasks", {}).items():
+        if not isinstance(task, ConfigDict) or set(task_config()) - set(task):
             problems.append(f"{file}: tasks.{name} is no task: add it with config.tasks.{name} = task_config(...)")
-        wanted |= {f"tasks.{name}.{key}": value for key, value in task_config().items()}
-    found = _flat(config.to_dict())
+        wanted |= {f"tasks.{name}": None} | {f"tasks.{name}.{key}": None for key in task_config()}
+    missing = [key for key in wanted if key not in found and not key.startswith("tasks.")]
+    if missing:
+        problems.append(f"{file}: {len(missing)} keys are missing, such as {missing[0]}: start from base_config()")
     problems += [f"{file}: unknown key {key}{_nearest(key, wanted)}" for key in sorted(found.keys() - wanted.keys())]
-    problems += [f"{file}: {key} is missing: start from base_config(), make tasks by task_config()" for key in sorted(wanted.keys() - found.keys())]
     if problems:
         raise UserError(*problems)
+    config.tasks.lock()
     return config.lock()
 
 

@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     args, rest = parser.parse_known_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr, force=True)
     logging.captureWarnings(True)
+    logging.getLogger("jax").setLevel(logging.WARNING)  # which backends it tried is no news
     config, name = config_module.parse([f"--config={args.config or ''}", *rest])
     cache = os.environ.get("VIDJOINT_CACHE", Path.home() / ".cache" / "vidjoint")
     jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "xla"))

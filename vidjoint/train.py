@@ -77,7 +77,7 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
 
     tasks = attempt(open_tasks, config) if tasks_are_sound else None
     mesh = attempt(open_devices, config)
-    if config_is_sound and mesh:
+    if config_is_sound and mesh and config.optim.freeze:
         parameters = build(config.model, {name: max(task.classes, 1) for name, task in config.tasks.items()}).abstract()
         attempt(optim.split_frozen, parameters, config.optim.freeze)
     if config.init_from and not resumes and not (Path(config.init_from).expanduser() / "config.json").is_file():
@@ -339,10 +339,10 @@ def print_summary(setup: Setup, state: step.TrainState, start: int, folder: Path
     print(f"batches    {config.schedule}: {shares}")
     trained, frozen = count_parameters(state.params), count_parameters(state.frozen)
     spec = setup.model.spec
-    print(
-        f"model      {config.model.variant} width {spec.width}, {spec.depth} blocks, mixer {spec.mixer}: {trained:,} parameters trained, {frozen:,} frozen"
-    )
+    sizes = f"{config.model.variant} width {spec.width}, {spec.depth} blocks, mixer {spec.mixer}"
+    print(f"model      {sizes}: {trained:,} parameters trained, {frozen:,} frozen")
     mesh = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
-    print(f"devices    {jax.device_count()} {jax.devices()[0].device_kind} ({mesh}), {jax.process_count()} processes")
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    print(f"devices    {jax.device_count()} {jax.devices()[0].device_kind} ({mesh}){processes}")
     print(f"steps      {start} -> {setup.total_steps} ({mixture.steps_per_epoch:.1f} per epoch of {mixture.union:.0f} examples)")
     print(f"results    {folder}", flush=True)

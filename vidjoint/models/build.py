@@ -1,6 +1,7 @@
 """From a config to a model that plain JAX can call: parameters are nested dicts of arrays with stable names (`blocks/3/attn/qkv/kernel`)."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -35,12 +36,9 @@ class Model:
     spec: ViTSpec
     classes: tuple[tuple[str, int], ...]  # (task, number of classes)
 
-    def _split(self, rngs: nnx.Rngs):
-        return nnx.split(ViT(self.spec, dict(self.classes), rngs))
-
     def init(self, key: jax.Array) -> dict:
         """Fresh float32 parameters; jit-able."""
-        return _string_keys(nnx.to_pure_dict(self._split(nnx.Rngs(key))[1]))
+        return _string_keys(nnx.to_pure_dict(_split(self, nnx.Rngs(key))[1]))
 
     def abstract(self) -> dict:
         """Shapes and dtypes of the parameters, without computing them."""
@@ -48,7 +46,8 @@ class Model:
 
     def bind(self, params: dict) -> ViT:
         """The NNX module with these parameters, for calling its methods: `model.bind(params).features(pixels)`."""
-        graph, state = nnx.eval_shape(lambda: self._split(nnx.Rngs(0)))
+        graph, state = _skeleton(self)
+        state = jax.tree.map(lambda x: x, state)  # a copy of the tree: the next line fills it
         nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params))
         return nnx.merge(graph, state)
 
@@ -68,6 +67,16 @@ def build(model, classes: dict[str, int]) -> Model:
 
 def count_parameters(params) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _split(model: Model, rngs: nnx.Rngs):
+    return nnx.split(ViT(model.spec, dict(model.classes), rngs))
+
+
+@functools.lru_cache(maxsize=16)
+def _skeleton(model: Model):
+    """The module's structure and the shapes of its state. Building a module takes a second or two, and every trace needs it."""
+    return nnx.eval_shape(lambda: _split(model, nnx.Rngs(0)))
 
 
 def _string_keys(tree):

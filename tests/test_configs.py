@@ -1,0 +1,105 @@
+"""Every experiment that is shipped: it parses, its schema is locked, its real model can be built, and shrunk it makes a step."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from vidjoint import optim, validate
+from vidjoint.config import as_json, difference, load, parse
+from vidjoint.data.mixture import clip_spec
+from vidjoint.errors import UserError
+from vidjoint.models.build import build, count_parameters
+from vidjoint.step import init_state, make_train_step
+
+FOLDER = Path(__file__).parents[1] / "configs"
+FILES = [f"configs/{path.name}" for path in sorted(FOLDER.glob("*.py")) if "\ndef get_config(" in path.read_text()]
+ARGUMENTS = ("standard", "high_res", "high_res,k600", "standard,k700")
+VARIANTS = [f"configs/{name}.py:{argument}" for name in ("cover_jft", "cover_in21k") for argument in ARGUMENTS]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(FOLDER.parent)  # where the README's commands are run
+
+
+def test_the_experiments_are_found():
+    assert {"configs/demo.py", "configs/cover_jft.py", "configs/cover_in21k.py", "configs/iv_vit.py", "configs/finetune_folder.py"} <= set(FILES)
+
+
+@pytest.mark.parametrize("file", FILES + VARIANTS)
+def test_it_parses_and_can_run(file, tmp_path):
+    config, name = parse([f"--config={file}"])
+    assert f"configs/{name}" == file.replace(".py", "").replace(":", "_").replace(",", "_")
+    assert validate.check(config) == []
+    (tmp_path / "config.json").write_text(as_json(config))
+    assert difference(load(tmp_path / "config.json"), config) == []
+    for part in (config, config.model, config.tasks, *config.tasks.values()):
+        assert part.is_locked
+        with pytest.raises((AttributeError, KeyError)):
+            part.no_such_key = 1
+    with pytest.raises(UserError, match="there is no key no_such_key"):
+        parse([f"--config={file}", "--config.no_such_key=1"])
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_it_opens_with_its_command_and_hardware(file):
+    text = Path(file).read_text()
+    head = text.split('"""')[1]
+    assert f"python -m vidjoint.main --config={file}" in head and "Hardware: " in head
+
+
+def classes(config: ConfigDict) -> dict[str, int]:
+    return {name: task.classes or 10 for name, task in config.tasks.items()}
+
+
+@functools.cache
+def parameters(model):
+    return model.abstract()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_its_model_can_be_built(file):
+    config, _ = parse([f"--config={file}"])
+    params = parameters(build(config.model, classes(config)))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+    trained, frozen = optim.split_frozen(params, config.optim.freeze)
+    assert count_parameters(trained) + count_parameters(frozen) == count_parameters(params) > 1e5
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_shrunk_it_makes_a_step(file):
+    config, _ = parse([f"--config={file}"])
+    patch = build(config.model, {"a": 1}).spec.patch
+    config.batch_size = 8
+    config.model.update(width=16, depth=2, heads=2, mlp_dim=32, frames=2, image_size=2 * patch)
+    for task in config.tasks.values():
+        task.frames = 0
+        if max(task.image_size) > 32:
+            task.image_size = (0, 0)
+    config.optim.lr = max(config.optim.lr, 1e-3)
+    config.optim.update(warmup_steps=0, warmup_epochs=0.0)
+    model = build(config.model, classes(config))
+    optimizer = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, 100, 10))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), model.abstract())
+    state = jax.jit(lambda params: init_state(config, params, optimizer))(params)
+
+    by_shape = {}
+    for index, name in enumerate(sorted(config.tasks)):
+        by_shape.setdefault(clip_spec(config, name).shape, []).append((index, classes(config)[name]))
+    batches = []
+    for shape, tasks in by_shape.items():
+        task, count = np.array([tasks[i % len(tasks)] for i in range(8 // len(by_shape))], np.int32).T
+        pixels = rng.integers(0, 256, (len(task), *shape), np.uint8)
+        batches.append({"pixels": pixels, "label": rng.integers(0, count).astype(np.int32), "task": task, "mask": np.ones(len(task), bool)})
+    after, metrics = jax.jit(make_train_step(config, model, optimizer))(state, tuple(batches))
+    assert after.step == 1 and np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+    assert sum(metrics[f"{name}/loss"][1] for name in config.tasks) == sum(len(batch["mask"]) for batch in batches)
+    for name in config.tasks:
+        before = state.params["heads"][name]["kernel"]
+        assert (after.params["heads"][name]["kernel"] != before).any(), name
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params))

@@ -1,0 +1,384 @@
+"""Runs: from the command line and from Python, interrupted in every way, resumed, refused; and what they leave behind."""
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from vidjoint import metrics
+from vidjoint.checkpoints import load_params
+from vidjoint.config import base_config, parse
+from vidjoint.errors import UserError
+from vidjoint.main import main
+from vidjoint.run_folder import RunFolder
+from vidjoint.train import Log, Stopped, StopSignal, initial_state, memory_errors, prepare, train
+
+ROOT = Path(__file__).parents[1]
+STEPS = 150
+EXPERIMENT = f"""
+from vidjoint.config import base_config, task_config
+
+def get_config():
+    config = base_config()
+    config.update(total_steps={STEPS}, batch_size=6, data_root=DATA, log_every=1, checkpoint_every=7, eval_every=40)
+    config.model.update(variant="Ti/8", width=16, depth=1, heads=2, mlp_dim=16, frames=2, image_size=16, dtype="float32", dropout=0.1)
+    config.model.update(mixer="token_shift")
+    config.optim.update(lr=1e-3, warmup_steps=5, weight_decay=0.1, ema=0.9, freeze=("embed/proj/.*",))
+    config.data.threads = 2
+    common = dict(crop="area", randaugment_layers=1)
+    clips = dict(train="clips/val.csv", val="clips/val.csv", labels="clips/labels.json", sampler="segments")
+    config.tasks.update(
+        clips=task_config(**clips, **common),
+        stills=task_config(source="folder", media="image", train="stills/train", val="stills/val", **common),
+    )
+    return config
+"""  # everything random that a resumed run must repeat: order of examples, clips, crops, augmentation, dropout
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory) -> Path:
+    """A folder with data, an experiment's file, and the caches of commands."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny.write_data(folder)
+    (folder / "experiment.py").write_text(EXPERIMENT.replace("DATA", repr(str(folder))))
+    return folder
+
+
+@pytest.fixture
+def quiet():
+    """Runs a command in this process, and takes back what it sets up for all of Python."""
+    handlers, level, cache = logging.root.handlers[:], logging.root.level, jax.config.jax_compilation_cache_dir
+    with warnings.catch_warnings():
+        yield
+    logging.captureWarnings(False)
+    logging.root.handlers[:], logging.root.level = handlers, level
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def start(experiment: Path, workdir: Path, *changes: str) -> subprocess.Popen:
+    """The command as a user gives it, on one device."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "VIDJOINT_CACHE": str(experiment / "cache")}
+    command = [sys.executable, "-m", "vidjoint.main", f"--config={experiment}/experiment.py", f"--workdir={workdir}", *changes]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen, status: int) -> tuple[str, str]:
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == status, err
+    assert "Traceback" not in err, err
+    return out, err
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+    file, deadline = workdir / "metrics.jsonl", time.monotonic() + 100
+    while process.poll() is None and time.monotonic() < deadline:
+        if file.exists() and any(event["step"] >= step for event in metrics.read_events(file)[-1:]):
+            return
+        time.sleep(0.002)
+    pytest.fail(f"the run ended before step {step}: {process.communicate()[1]}")
+
+
+def events(workdir: Path) -> list[dict]:
+    """Of metrics.jsonl, what does not depend on the clock."""
+    return [
+        {key: value for key, value in event.items() if key not in ("train/examples_per_s", "train/data_wait")}
+        for event in metrics.read_events(workdir / "metrics.jsonl")
+    ]
+
+
+def assert_bit_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+def test_a_run_that_is_killed_and_stopped_ends_bit_equal_to_one_that_is_not(experiment):
+    """kill -9 at a random step, then SIGTERM at a later one, each time the same command again; then once more when all is done."""
+    straight, broken = experiment / "straight", experiment / "broken"
+    out, _ = finish(start(experiment, straight), 0)
+    assert out.splitlines()[-3].split() == ["task", "examples", "classes", "chance", "top-1", "top-5", "reversed"]
+
+    first, second = random.randrange(1, 60), random.randrange(75, 130)
+    process = start(experiment, broken)
+    wait_for_step(process, broken, first)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+
+    process = start(experiment, broken)
+    wait_for_step(process, broken, second)
+    process.send_signal(signal.SIGTERM)
+    out, err = finish(process, 75)
+    stopped = load_params(broken)[0]
+    assert stopped >= second and "SIGTERM: saving after this step and stopping" in err
+    assert err.splitlines()[-1] == f"stopped after step {stopped} and saved; the same command goes on from there"
+    assert not (broken / "results.json").exists()
+
+    out, _ = finish(start(experiment, broken), 0)
+    assert f"steps      {stopped} -> {STEPS}" in out
+    assert load_params(straight)[0] == load_params(broken)[0] == STEPS
+    assert_bit_equal(load_params(broken)[1], load_params(straight)[1])
+    assert events(broken) == events(straight), f"killed at {first}, stopped at {stopped}"
+    assert json.loads((broken / "results.json").read_text()) == json.loads((straight / "results.json").read_text())
+
+    before = (broken / "metrics.jsonl").read_bytes()
+    (broken / "eval/clips/confusion.png").unlink()
+    again, _ = finish(start(experiment, broken, "--config.eval.reversed=False", "--config.log_every=3"), 0)
+    assert (broken / "metrics.jsonl").read_bytes() == before
+    assert (broken / "eval/clips/confusion.png").exists()
+    cells = [line.split() for line in again.splitlines()[-2:]]
+    assert [line[:-1] for line in cells] == [line.split()[: len(line.split()) - (2 if "clips" in line else 1)] for line in out.splitlines()[-2:]]
+
+
+@pytest.fixture(scope="module")
+def run(experiment) -> Path:
+    """A run made in Python, as in a notebook; on the eight devices of the tests."""
+    config, _ = parse([f"--config={experiment}/experiment.py", "--config.total_steps=6", "--config.checkpoint_every=4", "--config.eval_every=0"])
+    config.log_every = 3
+    content = train(config, experiment / "run")
+    assert content == json.loads((experiment / "run/results.json").read_text())
+    return experiment / "run"
+
+
+def test_what_a_run_leaves_behind(run):
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "labels", "checkpoints", "metrics.jsonl", "tensorboard", "results.json", "curves.png", "eval",
+    }  # fmt: skip
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"4", "6"}
+    for task in ("clips", "stills"):
+        assert {path.name for path in (run / "eval" / task).iterdir()} == {"confusion.csv", "confusion.png", "per_class.csv"}
+    content = json.loads((run / "results.json").read_text())
+    assert content["step"] == 6 and set(content["tasks"]) == {"clips", "stills"}
+    for name, n in tiny.VALIDATION.items():
+        assert content["tasks"][name]["n"] == n and 0 <= content["tasks"][name]["top1"] <= content["tasks"][name]["top5"] <= 1
+    assert "top1_reversed" in content["tasks"]["clips"] and "top1_reversed" not in content["tasks"]["stills"]
+    logged = metrics.read_events(run / "metrics.jsonl")
+    assert [event["step"] for event in logged] == [3, 4, 6, 6]
+    names = {"loss", "clips/loss", "stills/loss", "grad_norm", "lr", "examples_per_s", "data_wait"}
+    assert set(logged[0]) == {"step"} | {f"train/{name}" for name in names}
+    assert logged[0]["train/lr"] == pytest.approx(1e-3 * 2 / 5)  # of the third update
+    assert logged[-1]["val/stills/top1"] == pytest.approx(content["tasks"]["stills"]["top1"], rel=1e-5)
+    assert 0 <= logged[0]["train/data_wait"] <= 1 and logged[0]["train/examples_per_s"] > 0
+
+
+def test_another_config_on_the_same_folder_is_refused_with_the_difference(run, experiment, capsys, quiet):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    command = [
+        f"--config={experiment}/experiment.py",
+        f"--workdir={run}",
+        "--config.checkpoint_every=4",
+        "--config.eval_every=0",
+        "--config.log_every=3",
+    ]
+    assert main([*command, "--config.optim.lr=0.01", "--config.mesh.fsdp=2"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: {run} holds a run with other settings: give another --workdir, or --force_config to go on with the new ones:",
+        "  optim.lr: 0.001 -> 0.01",
+        f"  total_steps: 6 -> {STEPS}",
+    ]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_only_a_run_that_has_saved_something_is_protected(run, tmp_path):
+    stored = RunFolder(run)
+    folder, other = RunFolder(tmp_path / "new"), base_config()
+    folder.write(stored.config, stored.labels)
+    folder.check(other, {})
+    folder.write(other, {})
+    assert folder.config.to_dict() == other.to_dict()
+    stored.check(stored.config, stored.labels)
+    config = stored.config
+    config.data_root, config.eval.views, config.keep_checkpoints, config.data.workers = "/elsewhere", "1x1", 9, 3
+    RunFolder(run).check(config, stored.labels)
+    with pytest.raises(UserError, match="class names of stills"):
+        stored.check(config, stored.labels | {"stills": ("a", "b")})
+    for key, value in {"eval_every": 5, "data.max_pixels": 5, "tasks.clips.flip": False}.items():
+        changed = RunFolder(run).config
+        part = changed
+        for group in key.split(".")[:-1]:
+            part = part[group]
+        part[key.split(".")[-1]] = value
+        if key == "eval_every":
+            RunFolder(run).check(changed, stored.labels)
+        else:
+            with pytest.raises(UserError, match=key):
+                RunFolder(run).check(changed, stored.labels)
+
+
+def test_a_run_starts_from_another_one(run, experiment):
+    """Parameters and average are those of the earlier run, spread over the devices like any others; the rest starts at zero."""
+    changes = [
+        "--config.total_steps=6",
+        f"--config.init_from={run}",
+        "--config.mesh.fsdp=2",
+        "--config.model.mixer=divided",
+        "--config.model.frames=3",
+    ]
+    config, _ = parse([f"--config={experiment}/experiment.py", *changes])
+    setup = prepare(config)
+    state = initial_state(setup)
+    assert state.step == 0
+    _, stored = load_params(run)
+    old = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(stored["ema"])}
+    for part in (state.params, state.ema):
+        new = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(part)}
+        assert all(np.asarray(new[name]).tobytes() == old[name].tobytes() for name in old)
+        assert {name for name in new if "temporal" in name} == {name for name in new if name not in old and "time" not in name}
+    assert_bit_equal(jax.device_get(state.frozen), stored["frozen"])
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(state.opt_state))
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, setup.abstract_state)
+
+
+def test_init_from_need_not_exist_any_more_when_a_run_resumes(experiment):
+    config, _ = parse([f"--config={experiment}/experiment.py", "--config.init_from=/gone"])
+    with pytest.raises(UserError, match="init_from=/gone is no folder of a run"):
+        prepare(config)
+    prepare(config, resumes=True)
+
+
+def lines_of(capsys, *argv) -> list[str]:
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    return err.splitlines()
+
+
+def test_everything_that_is_missing_is_listed_at_once(capsys, quiet, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    lines = lines_of(capsys, "--config=configs/cover_jft.py", f"--workdir={tmp_path}/run", f"--config.data_root={tmp_path}")
+    for name, path in {"k400": "kinetics400/train.csv", "ssv2": "something-v2/labels/validation.json", "mit": "moments/trainingSet.csv"}.items():
+        assert any(line.startswith(f"error: task {name}, ") and f"{tmp_path}/{path} does not exist" in line for line in lines)
+    assert any(f"{tmp_path}/imagenet/train does not exist" in line for line in lines)
+    assert lines[-1].startswith(
+        "error: init_from=checkpoints/vit_l16_jft is no folder of a run: train that model first, or set init_from='' to start"
+    )
+    assert len(lines) == 9 and not (tmp_path / "run").exists()
+
+
+def test_mistakes_of_all_kinds_are_listed_together(capsys, quiet, experiment, tmp_path):
+    lines = lines_of(
+        capsys,
+        f"--config={experiment}/experiment.py",
+        f"--workdir={tmp_path}/run",
+        "--config.optim.name=adm",
+        "--config.model.mixer=mixed",
+        "--config.tasks.clips.train=nothing.csv",
+        "--config.mesh.data=5",
+        "--config.init_from=nowhere",
+    )
+    starts = (
+        "model.mixer='mixed' is unknown",
+        "optim.name='adm' is unknown",
+        "task clips, train: ",
+        "mesh.data=5, mesh.fsdp=1, ",
+        "init_from=nowhere is no",
+    )
+    assert len(lines) == len(starts)
+    for line, start in zip(lines, starts, strict=True):
+        assert line.startswith(f"error: {start}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ([], "error: --config is missing: name an experiment, as in --config=configs/demo.py"),
+        (["--config=none.py"], "error: --config=none.py: there is no such file"),
+        (["--config.seed=1", "--workdir=x"], "error: --config is missing: name an experiment, as in --config=configs/demo.py"),
+        (["EXPERIMENT", "--config.optim.lrr=1"], "error: --config.optim.lrr=1: there is no key optim.lrr; the nearest is optim.lr"),
+        (["EXPERIMENT", "--config.total_steps=many"], f"error: --config.total_steps=many: total_steps takes a whole number; it is {STEPS} now"),
+        (["EXPERIMENT", "--wrkdir=x"], "error: unknown argument --wrkdir=x: see --help"),
+        (["EXPERIMENT", "--config.optim.freeze=heads"], "error: optim.freeze: 'heads' matches no parameter"),
+        (
+            ["EXPERIMENT", "--config.total_steps=0", "--config.total_epochs=0.1"],
+            "error: total_epochs=0.1 is less than one step: one epoch has 4.00 steps of batch_size=6",
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(capsys, quiet, experiment, tmp_path, monkeypatch, argv, line):
+    monkeypatch.chdir(tmp_path)
+    (told,) = lines_of(capsys, *(f"--config={experiment}/experiment.py" if word == "EXPERIMENT" else word for word in argv))
+    assert told.startswith(line)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named(capsys, quiet, experiment, tmp_path):
+    (tmp_path / "file").write_text("")
+    (line,) = lines_of(capsys, f"--config={experiment}/experiment.py", f"--workdir={tmp_path}/file")
+    assert line == f"error: {tmp_path}/file can't be written (Not a directory): give another --workdir"
+
+
+def test_help_names_every_argument(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for word in (
+        "--config FILE[:ARGUMENT]",
+        "--workdir DIR",
+        "--config.KEY VALUE",
+        "--force_config",
+        "0 done; 2 ",
+        "75 stopped by SIGTERM or Ctrl-C",
+        "config.py",
+    ):
+        assert word in text
+
+
+def test_signals_are_held_back_until_the_step_is_done_and_then_not():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopSignal() as stop:
+        assert not stop.asked_anywhere(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked_anywhere(True)
+        with pytest.raises(KeyboardInterrupt):  # whoever presses Ctrl-C now means it
+            os.kill(os.getpid(), signal.SIGINT)
+    with StopSignal() as stop:
+        stop.when_saved(5)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with pytest.raises(Stopped, match="step 5"):
+                os.kill(os.getpid(), number)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_runs_outside_the_main_thread_leave_signals_alone():
+    seen = []
+
+    def enter():
+        with StopSignal() as stop:
+            seen.append(stop.asked_anywhere(True))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, capsys):
+    with Log(tmp_path, 8, 10, 20) as log:
+        log.step({"loss": np.float32(2.5)}, 0.0)
+        log.step({"loss": np.float32(1.5)}, 0.0)
+        log.take(12, 0.1)
+        log.step({"loss": np.float32(np.nan)}, 0.0)
+        with pytest.raises(UserError, match="the loss is nan by step 13"):
+            log.take(13, 0.1)
+    assert [(event["step"], event["train/loss"]) for event in metrics.read_events(tmp_path / "metrics.jsonl")] == [(12, 2.0), (13, None)]
+    assert capsys.readouterr().out.splitlines()[0].startswith("step 12 of 20: loss 2.0000, ")  # a line per event where there is no terminal
+
+
+def test_lack_of_memory_is_an_error_with_advice():
+    with pytest.raises(UserError, match="too little memory: lower batch_size"), memory_errors():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+    with pytest.raises(jax.errors.JaxRuntimeError), memory_errors():
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
