@@ -1,7 +1,8 @@
 """What all CoVeR experiments share (section 4.1): TimeSformer-L on Kinetics, Something-Something v2, Moments in Time and ImageNet, co-trained.
 
 Not run by itself: see cover_jft.py and cover_in21k.py. Files are looked for under data_root:
-  kinetics400/  (kinetics600/, kinetics700/)  train.csv and validate.csv as published (label, youtube_id, time_start, ...) beside folders train/ and val/ of clips
+  kinetics400/  (kinetics600/, kinetics700/)  train.csv and validate.csv as published (label, youtube_id, time_start, ...), and the clips in folders
+    below, as LABEL/ID_START_END.mp4 or flat
   something-v2/  labels/train.json, labels/validation.json, labels/labels.json as published, and videos/ID.webm
   moments/  trainingSet.csv, validationSet.csv, moments_categories.txt as published, and folders training/ and validation/
   imagenet/  train/CLASS/*.JPEG and val/CLASS/*.JPEG

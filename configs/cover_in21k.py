@@ -2,8 +2,8 @@
 
 python -m vidjoint.main --config=configs/cover_in21k.py:high_res --config.data_root=/data --config.init_from=/checkpoints/vit_l16_in21k
 
-Hardware: the paper gives none; 20 epochs are 388,000 steps of 128 examples. Published top-1 (the size of the input is not said): K400 83.1, SSv2 64.2, MiT 41.3;
-with K600 84.5, 64.7, 41.5; with K700 74.9, 64.7, 41.5 (cover_in21k.py:high_res,k600 and ,k700).
+Hardware: the paper gives none; 20 epochs are 388,000 steps of 128 examples. Published top-1: K400 83.1, SSv2 64.2,
+MiT 41.3; with K600 84.5, 64.7, 41.5; with K700 74.9, 64.7, 41.5 (cover_in21k.py:high_res,k600 and ,k700). The paper does not say at which input size.
 """
 
 from configs.cover_base import cover

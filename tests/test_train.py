@@ -26,7 +26,7 @@ from vidjoint.run_folder import RunFolder
 from vidjoint.train import Log, Stopped, StopSignal, initial_state, memory_errors, prepare, train
 
 ROOT = Path(__file__).parents[1]
-STEPS = 150
+STEPS = 100
 EXPERIMENT = f"""
 from vidjoint.config import base_config, task_config
 
@@ -104,13 +104,14 @@ def assert_bit_equal(a, b):
         assert x.dtype == y.dtype and x.tobytes() == y.tobytes()
 
 
+@pytest.mark.timeout(400)  # five processes, which compile
 def test_a_run_that_is_killed_and_stopped_ends_bit_equal_to_one_that_is_not(experiment):
     """kill -9 at a random step, then SIGTERM at a later one, each time the same command again; then once more when all is done."""
     straight, broken = experiment / "straight", experiment / "broken"
     out, _ = finish(start(experiment, straight), 0)
     assert out.splitlines()[-3].split() == ["task", "examples", "classes", "chance", "top-1", "top-5", "reversed"]
 
-    first, second = random.randrange(1, 60), random.randrange(75, 130)
+    first, second = random.randrange(1, 45), random.randrange(50, 80)
     process = start(experiment, broken)
     wait_for_step(process, broken, first)
     process.kill()

@@ -17,7 +17,8 @@ from statistics import median
 import numpy as np
 from tqdm import tqdm
 
-from vidjoint.data.sources import EXTENSIONS, ZipRecords, has_extension, list_folder, locate, read_list
+from vidjoint.data.lists import EXTENSIONS, has_extension, locate, read_list
+from vidjoint.data.sources import ZipRecords, list_folder
 from vidjoint.data.transforms import Geometry
 from vidjoint.data.video import DecodeError, Video, read_image
 from vidjoint.errors import UserError

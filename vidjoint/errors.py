@@ -1,8 +1,12 @@
 """Errors that are the user's to mend, and how commands show them."""
 
 import functools
+import os
+import select
 import sys
 from collections.abc import Callable
+
+STDOUT = 1  # file descriptor
 
 
 class UserError(Exception):
@@ -16,13 +20,25 @@ class UserError(Exception):
         self.lines = lines
 
 
+def reader_has_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
 def command(main: Callable) -> Callable:
-    """Decorates `main(argv) -> exit status`: user errors become lines on standard error and status 2, Ctrl-C status 130."""
+    """Decorates `main(argv) -> exit status`: user errors become lines on standard error and status 2, Ctrl-C status 130.
+
+    Where the reader of standard output has gone (`| head -1`), the command ends quietly with status 141, as SIGPIPE would end it.
+    """
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
         try:
-            return main(sys.argv[1:] if argv is None else argv) or 0
+            status = main(sys.argv[1:] if argv is None else argv) or 0
+            print(end="", flush=True)  # a reader that has gone shows here, not after the exit
+            return status
         except UserError as error:
             for line in error.lines:
                 print(line if line.startswith(" ") else f"error: {line}", file=sys.stderr)
@@ -30,5 +46,12 @@ def command(main: Callable) -> Callable:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:
+            if not reader_has_gone():
+                raise  # another pipe broke, a worker's perhaps: that is a fault
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, STDOUT)  # takes what the interpreter still flushes when it exits
+            os.close(nowhere)
+            return 141
 
     return run

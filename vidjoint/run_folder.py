@@ -33,7 +33,7 @@ class RunFolder:
     @property
     def labels(self) -> dict[str, tuple[str, ...]]:
         """Class names of each task, in alphabetical order of the tasks."""
-        return {task: tuple(self.label_file(task).read_text(encoding="utf-8").splitlines()) for task in sorted(self.config.tasks)}
+        return {task: tuple(self.label_file(task).read_text(encoding="utf-8").split("\n")[:-1]) for task in sorted(self.config.tasks)}
 
     @property
     def results(self) -> Path:

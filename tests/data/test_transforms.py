@@ -136,7 +136,7 @@ def test_crop_none_shows_everything():
 
 
 def test_unknown_crop_and_view_are_refused():
-    with pytest.raises(UserError, match="crop='middle'.*short_side, area or none"):
+    with pytest.raises(UserError, match=r"crop='middle'.*short_side, area or none"):
         train_geometry(10, 10, task_config(crop="middle"), (8, 8), np.random.default_rng(0))
     with pytest.raises(UserError, match="crop='middle'"):
         view_geometry(10, 10, task_config(crop="middle"), (8, 8), 0, 1)

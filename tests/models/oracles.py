@@ -88,7 +88,8 @@ def divided(pixels, p, heads, patch, skip_images=False):
         if not (skip_images and frames == 1):
             mixer, moved = block["mixer"], np.zeros_like(patches)
             for i in range(n):  # each place over time
-                moved[:, :, i] = dense(attention(layer_norm(patches[:, :, i], mixer["temporal_norm"]), mixer["temporal_attn"], heads), mixer["temporal_fc"])
+                y = attention(layer_norm(patches[:, :, i], mixer["temporal_norm"]), mixer["temporal_attn"], heads)
+                moved[:, :, i] = dense(y, mixer["temporal_fc"])
             patches = patches + moved
         cls_residuals, spatial = [], np.zeros_like(patches)
         for t in range(frames):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vidjoint.models import layers
 from tests.models import oracles
+from vidjoint.models import layers
 
 
 def test_attention_equals_its_definition():

@@ -14,7 +14,7 @@ ZEROS = nnx.initializers.zeros_init()
 
 
 class Dense(nnx.Linear):
-    """A linear layer on the last axis. Inputs are flattened to two axes first: XLA's batched products are slow on CPUs (float[..., D] -> float[..., E])."""
+    """A linear layer, float[..., D] -> float[..., E]. Inputs are flattened to two axes first: XLA's batched products are slow on CPUs."""
 
     def __init__(self, in_features: int, out_features: int, *, dtype, rngs: nnx.Rngs, kernel_init=XAVIER):
         super().__init__(in_features, out_features, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
@@ -65,7 +65,7 @@ class Mlp(nnx.Module):
 
 
 def drop_path(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Stochastic depth (Huang et al. 2016): zeroes the residual float[B, ...] of each example with probability `rate`; the kept ones grow by 1 / (1 - rate)."""
+    """Stochastic depth (Huang et al. 2016): zeroes examples of a residual float[B, ...] with probability `rate`; others grow by 1 / (1 - rate)."""
     if rate == 0.0 or key is None:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))

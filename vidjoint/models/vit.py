@@ -124,7 +124,7 @@ class PatchEmbed(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """`embed -> blocks -> norm -> pool -> heads`. Any number of frames and any resolution that the patch divides: tables are stretched on the way in."""
+    """`embed -> blocks -> norm -> pool -> heads`. Any number of frames and any resolution that the patch divides: tables are stretched to fit."""
 
     def __init__(self, spec: ViTSpec, classes: dict[str, int], rngs: nnx.Rngs):
         self.spec = spec

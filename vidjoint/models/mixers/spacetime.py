@@ -16,8 +16,8 @@ class Divided(Mixer):
     """Divided attention: each patch attends to its own place in all frames, then to all patches of its frame.
 
     Follows the published code where the paper differs from it: the class token takes no part in temporal attention, and its spatial residual is
-    averaged over the frames. The branch ends in a dense layer that is zero at the start (`temporal_init="zero"`), so that a fresh model is the image ViT.
-    At T = 1 the softmax has one key and the branch is the affine map fc(W_o W_v LN(x)) (CoVeR, appendix A); with `image_temporal="skip"` it is left out.
+    averaged over the frames. The branch ends in a dense layer that is zero at the start (`temporal_init="zero"`): a fresh model is the image ViT.
+    At T = 1 the softmax has one key, and the branch is the affine map fc(W_o W_v LN(x)) (CoVeR, appendix A); `image_temporal="skip"` leaves it out.
     """
 
     time_table = True

@@ -1,0 +1,262 @@
+"""Lists and label files: every layout, every fault named with its line, files found by one listing per folder."""
+
+import json
+import os
+
+import pytest
+
+from tests.data.listed import faults, opened, pairs, touch, write
+from vidjoint.config import task_config
+from vidjoint.data import lists
+from vidjoint.data.lists import read_labels, read_list
+from vidjoint.data.sources import open_source
+from vidjoint.errors import UserError
+
+# Plain lists
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a/x.mp4 1\nb.mp4 0\n",
+        "a/x.mp4,1\nb.mp4,0",
+        "a/x.mp4\t1\r\nb.mp4\t0\r\n",
+        "a/x.mp4;1\n\nb.mp4;0\n",
+        "a/x.mp4 , 1\n b.mp4 , 0 \n",
+        b"\xef\xbb\xbfpath,label\r\na/x.mp4,1\r\nb.mp4,0\r\n",
+        "Video_Path;split;Label\na/x.mp4;train;1\nb.mp4;train;0\n",
+        "label,path\n1,a/x.mp4\n0,b.mp4\n",
+        "where what\na/x.mp4 1\nb.mp4 0\n",  # a header in words that nobody foresaw
+        '"a/x.mp4",1\n"b.mp4","0"\n',
+        '"a/x.mp4", "1"\n"b.mp4", "0"\n',
+    ],
+)
+def test_lists_of_numbers(tmp_path, content):
+    touch(tmp_path, "a/x.mp4", "b.mp4")
+    write(tmp_path / "train.csv", content)
+    source = opened(tmp_path, train="train.csv")
+    assert [source[0], source[1]] == [
+        {"video": str(tmp_path / "a/x.mp4"), "label": 1, "name": str(tmp_path / "a/x.mp4")},
+        {"video": str(tmp_path / "b.mp4"), "label": 0, "name": str(tmp_path / "b.mp4")},
+    ]
+    assert source.labels == ("0", "1") and not source.warnings
+    assert "2 videos, 2 classes" in repr(source)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "label"),
+    [
+        ("my  nice clip.mp4 jumping\n", "my  nice clip.mp4", "jumping"),
+        ("my clip.mp4,jumping high\n", "my clip.mp4", "jumping high"),
+        ("a, b.mp4 jumping\n", "a, b.mp4", "jumping"),
+        ('"a, b.mp4","jumping, high"\n', "a, b.mp4", "jumping, high"),
+        ("path,label\na, b.mp4,jumping\n", "a, b.mp4", "jumping"),
+        ('6" wide.mp4 jumping\n', '6" wide.mp4', "jumping"),
+        ("päth.mp4,springen\n", "päth.mp4", "springen"),
+        ("noextension jumping\n", "noextension", "jumping"),
+        ("video 1.mp4 class\n", "video 1.mp4", "class"),
+    ],
+)
+def test_awkward_names(tmp_path, content, name, label):
+    touch(tmp_path, name)
+    write(tmp_path / "train.csv", content)
+    source = opened(tmp_path, train="train.csv")
+    assert pairs(source) == [(name, 0)] and source.labels == (label,)
+
+
+def test_an_unclosed_quote_stays_in_its_line(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    write(tmp_path / "train.csv", 'a.mp4 0\n"b.mp4 1\n')
+    assert any("line 2" in line or "1 of 2 files" in line for line in faults(tmp_path, train="train.csv"))
+
+
+def test_names_keep_bytes_that_are_no_text(tmp_path):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    try:
+        touch(tmp_path, name)
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    write(tmp_path / "train.csv", b"caf\xe9.mp4 0\n")
+    assert opened(tmp_path, train="train.csv")[0]["video"] == str(tmp_path / name)
+
+
+def test_several_lists_and_a_root(tmp_path):
+    touch(tmp_path, "clips/a.mp4", "clips/b.mp4")
+    write(tmp_path / "lists/1.csv", "a.mp4 0\n")
+    write(tmp_path / "lists/2.txt", "b.mp4,1\n")
+    source = opened(tmp_path, train="lists/1.csv, lists/2.txt", root="clips")
+    assert pairs(source) == [("a.mp4", 0), ("b.mp4", 1)]
+
+
+def test_absolute_paths_need_no_data_root(tmp_path):
+    touch(tmp_path, "a.mp4")
+    write(tmp_path / "l.csv", f"{tmp_path / 'a.mp4'} 0\n")
+    assert open_source("t", task_config(train=str(tmp_path / "l.csv"), root=str(tmp_path)), "train", "")[0]["video"] == str(tmp_path / "a.mp4")
+
+
+def test_validation_numbers_names_as_training_does(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    write(tmp_path / "train.csv", "a.mp4 walk\nb.mp4 run\nc.mp4 jump\n")
+    write(tmp_path / "val.csv", "a.mp4 walk\n")
+    source = opened(tmp_path, "val", train="train.csv", val="val.csv")
+    assert source.labels == ("jump", "run", "walk") and pairs(source) == [("a.mp4", 2)]
+    assert source.warnings == ["2 of 3 classes have no examples: jump, run"]
+    write(tmp_path / "val.csv", "a.mp4 walk\nb.mp4 swim\n")
+    assert faults(tmp_path, "val", train="train.csv", val="val.csv") == [
+        f"{tmp_path}/val.csv line 2: class 'swim' is not among the 3 known ones (jump, run, walk)"
+    ]
+    write(tmp_path / "val.csv", "a.mp4 0\n")
+    assert "class '0' is not among" in faults(tmp_path, "val", train="train.csv", val="val.csv")[0]
+
+
+def test_validation_of_numbers_knows_the_training_range(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    write(tmp_path / "train.csv", "a.mp4 0\nb.mp4 1\n")
+    write(tmp_path / "val.csv", "a.mp4 0\nb.mp4 2\n")
+    assert "line 2: label 2 is not in 0..1" in faults(tmp_path, "val", train="train.csv", val="val.csv")[0]
+    assert len(opened(tmp_path, "val", train="gone.csv", val="val.csv", classes=3).labels) == 3
+    assert "val" not in task_config(train="train.csv").val and opened(tmp_path, "val", train="train.csv") is None
+
+
+def test_label_file_fixes_the_order(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    write(tmp_path / "labels.txt", "walk\nrun fast\njump\n")
+    write(tmp_path / "train.csv", "a.mp4,walk\nb.mp4,run_fast\n")  # as a folder would spell it
+    source = opened(tmp_path, train="train.csv", labels="labels.txt")
+    assert source.labels == ("walk", "run fast", "jump") and pairs(source) == [("a.mp4", 0), ("b.mp4", 1)]
+    write(tmp_path / "numbers.csv", "a.mp4 2\nb.mp4 0\n")
+    assert pairs(opened(tmp_path, train="numbers.csv", labels="labels.txt")) == [("a.mp4", 2), ("b.mp4", 0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "labels"),
+    [
+        ("a.txt", "b\na\n", ("b", "a")),
+        ("a.txt", "b,1\na,0\n", ("a", "b")),
+        ("a.csv", "id,name\n0,a\n1,b c\n", ("a", "b c")),
+        ("a.txt", "1 a\n2 b\n", ("a", "b")),  # UCF101 counts from 1
+        ("a.txt", "eat meal/snack\npoint, 1 finger\n", ("eat meal/snack", "point, 1 finger")),
+        ("a.txt", "b\na\nb\n", ("b", "a", "b")),
+        ("a.json", '["x", "y"]', ("x", "y")),
+        ("a.json", '{"x": "1", "y": "0"}', ("y", "x")),
+        ("a.json", '{"0": ["n01", "crane"], "1": ["n02", "crane"]}', ("crane", "crane")),
+    ],
+)
+def test_label_files(tmp_path, name, content, labels):
+    names, lookup = read_labels(write(tmp_path / name, content))
+    assert names == labels
+    for number, label in enumerate(names):
+        assert lookup.get(label, number) == number
+    if "n02" in content:
+        assert lookup["n02"] == 1 and "crane" not in lookup
+
+
+def test_bad_label_files(tmp_path):
+    with pytest.raises(UserError):
+        read_labels(write(tmp_path / "l.txt", ""))
+    with pytest.raises(UserError):
+        read_labels(write(tmp_path / "l.json", '{"a": 1, "b": 2}'))
+    with pytest.raises(UserError):
+        read_labels(tmp_path / "none.txt")
+
+
+# Faults
+
+
+def test_all_faults_at_once(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    write(tmp_path / "train.csv", "a.mp4 0\nb.mp4 7\nc.mp4 -1\ngone.mp4 x\n")
+    lines = faults(tmp_path, train="train.csv", classes=3)
+    assert lines == [
+        f"{tmp_path}/train.csv line 2: label 7 is not in 0..2",
+        f"{tmp_path}/train.csv line 3: label -1 is not in 0..2",
+        f"{tmp_path}/train.csv line 4: label 'x' is not a number, as others are",
+        f"1 of 4 files of {tmp_path}/train.csv are not in {tmp_path}: gone.mp4. Correct root or the list",
+    ]
+
+
+def test_many_missing_files_are_counted(tmp_path):
+    write(tmp_path / "train.csv", "".join(f"{i:04d}.mp4 0\n" for i in range(2000)))
+    (line,) = faults(tmp_path, train="train.csv")
+    assert "2000 of 2000 files" in line and "0000.mp4, 0001.mp4, 0002.mp4, 0003.mp4, 0004.mp4 and 1995 more" in line
+
+
+def test_counting_from_one(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    write(tmp_path / "train.csv", "a.mp4 1\nb.mp4 2\n")
+    assert faults(tmp_path, train="train.csv", classes=2) == [
+        f"{tmp_path}/train.csv: labels run from 1 to 2; they must run from 0 to 1: subtract 1 from each"
+    ]
+    assert "labels run from 1 to 2, so class 0 is empty: numbers should start at 0" in opened(tmp_path, train="train.csv").warnings
+
+
+def test_repeated_files_are_told(tmp_path):
+    touch(tmp_path, "a.mp4")
+    write(tmp_path / "l.csv", "a.mp4 0\na.mp4 0\n")
+    assert opened(tmp_path, train="l.csv").warnings == ["1 lines name a file that an earlier line names too"]
+
+
+def test_one_listing_per_folder(tmp_path, monkeypatch):
+    touch(tmp_path, *(f"{c}/{i}.mp4" for c in "ab" for i in range(50)))
+    write(tmp_path / "l.csv", "".join(f"{c}/{i}.mp4 {c}\n" for i in range(50) for c in "ab"))
+    asked = []
+    scandir = os.scandir
+    monkeypatch.setattr(lists.os, "scandir", lambda path: asked.append(path) or scandir(path))
+    monkeypatch.setattr(lists.os.path, "isfile", lambda path: pytest.fail("looked at a single file"))
+    assert len(opened(tmp_path, train="l.csv")) == 100
+    assert len(asked) == 2
+
+
+# Published layouts
+
+
+def test_kinetics(tmp_path):
+    touch(tmp_path, "k/train/playing_drums/abc_000010_000020.mkv", "k/train/-x,y_000000_000010.mp4", "k/train/deep/er/c_000001_000011.webm")
+    rows = 'label,youtube_id,time_start,time_end,split\n"playing drums",abc,10,20,train\nclapping,"-x,y",0,10,train\nclapping,c,1.0,11.0,train\n'
+    write(tmp_path / "k/train.csv", rows + "zapping,lost,5,15,train\n")
+    source = opened(tmp_path, train="k/train.csv")
+    assert pairs(source) == [("abc_000010_000020.mkv", 1), ("-x,y_000000_000010.mp4", 0), ("c_000001_000011.webm", 0)]
+    assert source.labels == ("clapping", "playing drums", "zapping") and source.missing == 1 and "1 missing" in repr(source)
+    assert any("1 of 4 files" in line and "lost_000005_000015" in line for line in source.warnings)
+    write(tmp_path / "k/train.csv", rows + "".join(f"zapping,lost{i},5,15,train\n" for i in range(4)))
+    assert "4 of 7 files" in faults(tmp_path, train="k/train.csv")[0]
+    write(tmp_path / "k/train.csv", rows + "zapping,lost,soon,15,train\n")
+    assert "line 5" in faults(tmp_path, train="k/train.csv")[0]
+    write(tmp_path / "k/train.csv", "youtube_id,time_start,time_end,split\nabc,10,20,test\n")
+    assert "no column label" in faults(tmp_path, train="k/train.csv")[0]
+
+
+def test_something_something(tmp_path):
+    touch(tmp_path, "clips/7.webm", "clips/8.mp4")
+    entries = [
+        {"id": "7", "label": "closing box", "template": "Closing [something]", "placeholders": ["box"]},
+        {"id": "8", "label": "bending a spoon until it breaks", "template": "Bending [something] until it breaks"},
+    ]
+    write(tmp_path / "something-something-v2-train.json", json.dumps(entries))
+    write(tmp_path / "val.json", json.dumps(entries[:1]))
+    changes = {"train": "something-something-v2-train.json", "val": "val.json", "root": "clips"}
+    assert opened(tmp_path, **changes).labels == ("Bending something until it breaks", "Closing something")
+    assert pairs(opened(tmp_path, "val", **changes)) == [("7.webm", 1)]
+    official = {"Closing something": "0", "Bending something until it breaks": "1", "Opening something": "2"}
+    write(tmp_path / "labels.json", json.dumps(official))  # found beside the list
+    source = opened(tmp_path, **changes)
+    assert source.labels == tuple(official) and pairs(source) == [("7.webm", 0), ("8.mp4", 1)]
+    write(tmp_path / "val.json", json.dumps([{"id": "7"}]))
+    assert "no template" in faults(tmp_path, "val", **changes)[0]
+
+
+def test_moments_in_time(tmp_path):
+    touch(tmp_path, "mit/training/playing+fun/a_1.mp4", "mit/training/burying/b,1.mp4", "mit/validation/burying/c.mp4")
+    write(tmp_path / "mit/moments_categories.txt", "playing+fun,1\nburying,0\n")
+    write(tmp_path / "mit/trainingSet.csv", 'playing+fun/a_1.mp4,playing+fun,3,0\n"burying/b,1.mp4",burying,4,1\n')
+    write(tmp_path / "mit/validationSet.csv", "burying/c.mp4,burying,3,0\n")
+    changes = {"train": "mit/trainingSet.csv", "val": "mit/validationSet.csv"}
+    source = opened(tmp_path, **changes)
+    assert source.labels == ("burying", "playing+fun") and pairs(source) == [("a_1.mp4", 1), ("b,1.mp4", 0)]
+    assert pairs(opened(tmp_path, "val", **changes)) == [("c.mp4", 0)]
+    assert pairs(opened(tmp_path, root="mit/training", **changes)) == pairs(source)
+
+
+def test_lists_of_paths_alone(tmp_path):
+    rows = read_list(write(tmp_path / "l.txt", "my clip, one.mp4\nb.mp4\n"))
+    assert rows.keys == ["my clip, one.mp4", "b.mp4"] and rows.labels == ["", ""]

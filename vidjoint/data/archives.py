@@ -1,0 +1,61 @@
+"""Zip archives as folders of files: what they hold, and the bytes of one member, read by any threads and processes at once."""
+
+import functools
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+from vidjoint.data.lists import is_hidden
+from vidjoint.data.video import DecodeError
+from vidjoint.errors import UserError
+
+
+def list_archive(path: Path) -> dict[str, tuple[int, int, int, int]]:
+    """The members of a zip, hidden ones left out, and where each lies: offset of its local header, packed size, compression method, CRC-32.
+
+    Raises:
+      UserError: it is no zip, or packed in a way that `read_member` does not know.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [info for info in archive.infolist() if not any(map(is_hidden, info.filename.split("/")))]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path} is neither a folder nor a zip that can be read ({error})") from None
+    if any(info.flag_bits & 1 for info in members):
+        raise UserError(f"{path} is encrypted: unpack it and name the folder")
+    if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in members):
+        raise UserError(f"{path} is packed by a rare method: unpack it and name the folder, or pack it again with `zip -0 -r`")
+    return {info.filename: (info.header_offset, info.compress_size, info.compress_type, info.CRC) for info in members}
+
+
+@functools.lru_cache(maxsize=16)
+def open_archive(path: str, process: int) -> int:
+    """A file descriptor of this process; a forked child opens its own."""
+    return os.open(path, os.O_RDONLY)
+
+
+def read_member(archive: str, offset: int, size: int, method: int, crc: int) -> bytes:
+    """Reads one member of a zip at its offset, without a shared file position.
+
+    Raises:
+      DecodeError: the member is damaged, or the archive can't be read any more.
+    """
+    try:
+        descriptor = open_archive(archive, os.getpid())
+        header = os.pread(descriptor, 30, offset)
+        if len(header) < 30 or header[:4] != b"PK\3\4":
+            raise DecodeError("the zip is damaged here: no member header")
+        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        start, packed = offset + 30 + name_length + extra_length, b""
+        while len(packed) < size and (piece := os.pread(descriptor, size - len(packed), start + len(packed))):
+            packed += piece
+        content = zlib.decompress(packed, -zlib.MAX_WBITS) if method == zipfile.ZIP_DEFLATED else packed
+    except OSError as error:
+        raise DecodeError(f"the zip can't be read any more: {error.strerror}") from None
+    except zlib.error as error:
+        raise DecodeError(f"the zip is damaged here: {error}") from None
+    if zlib.crc32(content) != crc:
+        raise DecodeError("the zip is damaged here: wrong checksum")
+    return content
