@@ -1,5 +1,6 @@
 """Errors of the user's become lines, and commands end with the status that says how they ended."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,8 @@ def main(argv):
 sys.exit(main())
 """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, *flags, "-c", program], cwd=ROOT, text=True, **pipes) as process:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with subprocess.Popen([sys.executable, *flags, "-c", program], cwd=ROOT, env=environment, text=True, **pipes) as process:
         assert process.stdout.readline() == "first\n"
         process.stdout.close()
         process.stdin.write("go on\n")

@@ -21,7 +21,7 @@ from vidjoint.data.lists import EXTENSIONS, has_extension, locate, read_list
 from vidjoint.data.sources import ZipRecords, list_folder
 from vidjoint.data.transforms import Geometry
 from vidjoint.data.video import DecodeError, Video, read_image
-from vidjoint.errors import UserError
+from vidjoint.errors import UserError, command
 
 CHUNK = 1024  # files handed to the threads at a time
 SIDE = 8  # pixels; frames are decoded whole, then shrunk to this
@@ -37,7 +37,8 @@ class Item:
     labels: list[str] = field(default_factory=list)  # as written at each of these places, or the name of its folder
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: list[str]) -> int:
     """Runs the command. Returns the exit status: 0 all files are good, 1 some are bad, 2 there is nothing to check."""
     parser = argparse.ArgumentParser(
         prog="python -m vidjoint.check_data",
@@ -51,19 +52,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="files decoded at a time (default: %(default)s, one per core)")
     parser.add_argument("--json", help="file that the report is written to, as one JSON object")
     args = parser.parse_args(argv)
-    try:
-        if args.threads < 1:
-            raise UserError("--threads must be at least 1")
-        start = time.perf_counter()
-        items, bad, ignored = collect(args.data, args.root, args.media)
-        report = {"files": len(items) + len(bad), **check(items, bad, args.media, args.threads), "ignored": ignored}
-        report["seconds"] = round(time.perf_counter() - start, 3)
-        if args.json:
-            write_json(args.json, report)
-    except UserError as error:
-        for line in error.lines:
-            print(f"error: {printable(line)}", file=sys.stderr)
-        return 2
+    if args.threads < 1:
+        raise UserError("--threads must be at least 1")
+    start = time.perf_counter()
+    items, bad, ignored = collect(args.data, args.root, args.media)
+    report = {"files": len(items) + len(bad), **check(items, bad, args.media, args.threads), "ignored": ignored}
+    report["seconds"] = round(time.perf_counter() - start, 3)
+    if args.json:
+        write_json(args.json, report)
     print(printable(as_text(report)))
     return 1 if report["bad"] else 0
 
