@@ -30,9 +30,7 @@ def get_config():
 
     clip = dict(sampler="segments", image_size=(24, 32), crop="area", area=(0.3, 1.0), aspect=(1.0, 1.8))
     config.tasks.update(
-        gestures=task_config(
-            train="gestures/train.csv", val="gestures/val.csv", labels="gestures/labels.txt", flip=False, **clip
-        ),
+        gestures=task_config(train="gestures/train.csv", val="gestures/val.csv", labels="gestures/labels.txt", flip=False, **clip),
         surveillance=task_config(
             train="surveillance/train.csv",
             val="surveillance/val.csv",
