@@ -16,7 +16,7 @@ def get_config():
     config.checkpoint_every = 500
     config.eval_every = 500
 
-    config.model.update(variant="Ti/8", width=64, depth=2, heads=4, mlp_dim=256, frames=8, image_size=32, dtype="float32")
+    config.model.update(variant="Ti/8", width=64, depth=2, heads=4, mlp_dim=256, frames=8, image_size=32, dtype="float32", gelu="tanh")
     # IV-ViT's mixer under CoVeR's schedule. From scratch, shifting all tokens learns the sense of a motion within minutes; divided attention at this
     # budget learned its axis only (51 % of motion)
     config.model.update(mixer="token_shift", pool="average")
