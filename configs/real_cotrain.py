@@ -3,12 +3,12 @@
 python -m vidjoint.main --config=configs/real_cotrain.py --config.data_root=FOLDER
 
 FOLDER holds gestures/ and surveillance/ (each with train.csv, val.csv, labels.txt and clips) and cifar10/train.zip (or an unzipped train/): sets of
-this size and form, from wherever you have them. Hardware: 2 cores.
+this size and form, from wherever you have them. Hardware: 2 cores, 15 minutes.
 
 The recipe differs from the papers' because there is no pretrained image model to start from: token shift moves all tokens, which learns the order of
-frames soonest, and the gestures lead with the largest loss weight.
+frames soonest, and crops are the only augmentation (RandAugment at its usual strength keeps the gestures from being learned at all).
 
-REAL_EXPECTED
+Expected top-1 after 15 minutes: gestures 70-80 % forward (34 held-out clips) and below 10 % reversed, cifar10 43 %, surveillance 65 %.
 """
 
 from vidjoint.config import base_config, task_config
@@ -46,7 +46,7 @@ def get_config():
             fold="1/10",
             crop="area",
             area=(0.7, 1.0),
-            loss_weight=0.6,  # 0.3 leaves it at 32 %; at 1.0 the gestures suffer
+            loss_weight=1.0,  # 0.3 leaves it at 32 %, 0.6 at 38 %
             sample_weight=0.114,
         ),
     )
