@@ -6,7 +6,7 @@ import pytest
 
 import vidjoint
 from tests import tiny
-from vidjoint.classifier import Classifier, memory_errors, parse_step
+from vidjoint.classifier import Classifier, parse_step
 from vidjoint.data.examples import ClipSpec, views
 from vidjoint.data.prediction import Window
 from vidjoint.errors import UserError
@@ -182,10 +182,3 @@ def test_errors_of_the_user(run, tmp_path):
     for text in ("-3", "last", "1e3"):
         with pytest.raises(UserError, match="--step"):
             parse_step(text)
-
-
-def test_lack_of_device_memory_is_one_line():
-    with pytest.raises(UserError, match="too little memory"), memory_errors():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes")
-    with pytest.raises(jax.errors.JaxRuntimeError), memory_errors():
-        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")

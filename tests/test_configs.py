@@ -103,3 +103,36 @@ def test_shrunk_it_makes_a_step(file):
         before = state.params["heads"][name]["kernel"]
         assert (after.params["heads"][name]["kernel"] != before).any(), name
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params))
+
+
+@pytest.mark.parametrize(("argument", "frames", "side"), [("standard", 8, 224), ("high_res", 16, 448)])
+@pytest.mark.parametrize("name", ["cover_jft", "cover_in21k"])
+def test_cover_is_the_paper_s_recipe(name, argument, frames, side):
+    """CoVeR 4.1 and tables 4 and 7."""
+    config, _ = parse([f"--config=configs/{name}.py:{argument}"])
+    recipe = config.optim
+    assert (recipe.name, recipe.lr, recipe.momentum) == ("sgd", 5e-3, 0.9)
+    assert (recipe.schedule, recipe.milestone_epochs, recipe.decay_factor) == ("step", (11, 15), 0.1)
+    assert (config.total_epochs, config.batch_size, config.schedule, config.loss.reduction) == (20, 128, "mixed", "per_task")
+    assert (config.model.variant, config.model.mixer, config.model.frames, config.model.image_size) == ("L/16", "divided", frames, side)
+    assert config.model.divided.image_temporal == "affine" and config.eval.views == "1x3" and config.eval.reversed
+    assert {task: settings.flip for task, settings in config.tasks.items()} == {"imagenet": True, "k400": True, "mit": True, "ssv2": False}
+    assert {settings.sampler for settings in config.tasks.values()} == {"uniform"}
+    assert config.init_from  # the image stage
+
+
+def test_iv_vit_is_the_paper_s_recipe():
+    """IV-ViT 5.1 to 5.3."""
+    config, _ = parse(["--config=configs/iv_vit.py"])
+    assert (config.schedule, config.task_order) == ("round_robin", ("tiny_imagenet", "cifar100", "ucf101", "mini_kinetics"))
+    assert (config.total_steps, config.batch_size, config.model.frames) == (4 * 20_000, 6, 16)
+    assert (config.model.mixer, config.model.token_shift.tokens, config.model.pool) == ("token_shift", "class", "class_token")
+    assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("adamw", 1e-5, 5e-5)
+    classes = {task: settings.classes for task, settings in config.tasks.items()}
+    assert classes == {"cifar100": 100, "mini_kinetics": 200, "tiny_imagenet": 200, "ucf101": 101}
+    for name, settings in config.tasks.items():
+        assert settings.flip
+        if name in ("tiny_imagenet", "cifar100"):
+            assert (settings.media, settings.crop, settings.area, settings.aspect) == ("image", "area", (0.08, 1.0), (3 / 4, 4 / 3))
+        else:
+            assert (settings.sampler, settings.window_seconds, settings.crop, settings.short_side) == ("window", 2.67, "short_side", (224, 320))

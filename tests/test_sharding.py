@@ -147,3 +147,10 @@ def test_an_uneven_batch_is_refused_in_one_line():
         sharding.put_batch({"label": np.zeros(0)}, mesh)
     with pytest.raises(ValueError, match="differ in length"):
         sharding.put_batch({"label": np.zeros(4), "mask": np.zeros(8)}, mesh)
+
+
+def test_lack_of_memory_is_an_error_with_advice():
+    with pytest.raises(UserError, match="too little memory: buy more"), sharding.memory_errors("buy more"):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+    with pytest.raises(jax.errors.JaxRuntimeError), sharding.memory_errors("buy more"):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -23,7 +23,7 @@ from vidjoint.config import base_config, parse
 from vidjoint.errors import UserError
 from vidjoint.main import main
 from vidjoint.run_folder import RunFolder
-from vidjoint.train import Log, Stopped, StopSignal, initial_state, memory_errors, prepare, train
+from vidjoint.train import Log, Stopped, StopSignal, initial_state, prepare, train
 
 ROOT = Path(__file__).parents[1]
 STEPS = 100
@@ -376,10 +376,3 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, cap
             log.take(13, 0.1)
     assert [(event["step"], event["train/loss"]) for event in metrics.read_events(tmp_path / "metrics.jsonl")] == [(12, 2.0), (13, None)]
     assert capsys.readouterr().out.splitlines()[0].startswith("step 12 of 20: loss 2.0000, ")  # a line per event where there is no terminal
-
-
-def test_lack_of_memory_is_an_error_with_advice():
-    with pytest.raises(UserError, match="too little memory: lower batch_size"), memory_errors():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
-    with pytest.raises(jax.errors.JaxRuntimeError), memory_errors():
-        raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -1,6 +1,5 @@
 """A trained model ready for use: `vidjoint.load(folder)`."""
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vidjoint import optim
+from vidjoint import optim, sharding
 from vidjoint.checkpoints import load_params
 from vidjoint.data.mixture import clip_spec
 from vidjoint.data.prediction import Row, Window, decoded, group
@@ -103,7 +102,7 @@ class Classifier:
         count = min(size, 2 ** math.ceil(math.log2(len(rows))))  # few different sizes, for each is compiled
         pixels = np.zeros((count, *rows[0].pixels.shape), np.uint8)
         pixels[: len(rows)] = [row.pixels for row in rows]
-        with memory_errors():
+        with sharding.memory_errors("lower --batch_size"):
             probabilities = np.asarray(self._probabilities(self.params, pixels, task))[: len(rows)]
         for scores in probabilities:
             if not np.isfinite(scores).all():
@@ -126,17 +125,6 @@ class Classifier:
             fault = "several tasks could be meant" if task is None else f"there is no task {task!r}"
             raise UserError(f"{fault}: task must be one of {', '.join(self.labels)}")
         return task
-
-
-@contextlib.contextmanager
-def memory_errors():
-    """Turns a device's lack of memory into a UserError."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError("the device has too little memory: lower --batch_size") from error
 
 
 def parse_step(text: str | None) -> int | str | None:

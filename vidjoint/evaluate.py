@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from vidjoint import metrics, plots, sharding, validate
-from vidjoint.classifier import Classifier, memory_errors, parse_step
+from vidjoint.classifier import Classifier, parse_step
 from vidjoint.data.mixture import Task, evaluation_batches, open_tasks
 from vidjoint.errors import UserError, command
 from vidjoint.models.build import Model
@@ -199,7 +199,7 @@ def main(argv: list[str]) -> int:
             log.warning("%s: %s", task.name, line)
     mesh = sharding.make_mesh(config.mesh)
     params = jax.device_put(classifier.params, sharding.tree_sharding(classifier.params, mesh))
-    with memory_errors():
+    with sharding.memory_errors("lower --batch_size"):
         results = Evaluator(config, classifier.model, tasks, mesh).run(params, validate.views(views), args.reversed)
     content = as_json(results, classifier.step)
     print(f"step {classifier.step}, {views} views")

@@ -4,6 +4,7 @@ Batches are split over data and fsdp; parameters and optimiser state over fsdp (
 al. 2019). Models know nothing of it: XLA inserts the communication.
 """
 
+import contextlib
 import re
 
 import jax
@@ -108,6 +109,17 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     size = max(lengths.values()) * shards // len(local_rows(shards, mesh))
     _check_divides(size, mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows, (size, *rows.shape[1:])) for name, rows in batch.items()}
+
+
+@contextlib.contextmanager
+def memory_errors(advice: str):
+    """Turns a device's lack of memory into a UserError that ends in `advice`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"the device has too little memory: {advice}") from error
 
 
 def _shards(mesh: Mesh) -> int:

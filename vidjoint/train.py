@@ -27,6 +27,7 @@ from vidjoint.models.build import Model, build, count_parameters
 from vidjoint.run_folder import RunFolder
 from vidjoint.weights.init_from import init_from
 
+MEMORY_ADVICE = "lower batch_size, set model.remat=block, or share the parameters out by mesh.fsdp"
 IN_FLIGHT = 2  # steps that may wait on the device; more would only hold their batches in its memory
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def train(config: ConfigDict, workdir: str | Path, force_config: bool = False) -
     if jax.process_index() == 0:
         folder.write(config, labels)
     evaluator = evaluate.Evaluator(config, setup.model, setup.tasks, setup.mesh)
-    with Checkpoints(folder.path, config.keep_checkpoints) as checkpoints, StopSignal() as stop, memory_errors():
+    with Checkpoints(folder.path, config.keep_checkpoints) as checkpoints, StopSignal() as stop, sharding.memory_errors(MEMORY_ADVICE):
         start = checkpoints.latest()
         state = initial_state(setup) if start is None else checkpoints.restore(setup.abstract_state)
         start = start or 0
@@ -310,19 +311,6 @@ class StopSignal:
             raise KeyboardInterrupt
         self._asked = True
         log.warning("%s: saving after this step and stopping", signal.Signals(number).name)
-
-
-@contextlib.contextmanager
-def memory_errors():
-    """Turns a device's lack of memory into a UserError."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            "the device has too little memory: lower batch_size, set model.remat=block, or share the parameters out by mesh.fsdp"
-        ) from error
 
 
 def print_summary(setup: Setup, state: step.TrainState, start: int, folder: Path) -> None:

@@ -1,10 +1,12 @@
 """Starting a model from the parameters of an earlier run: what fits is taken, tables are stretched, and everything is accounted for."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from flax import traverse_util
 
 from vidjoint.checkpoints import load_params
 from vidjoint.errors import UserError
@@ -14,6 +16,7 @@ from vidjoint.models.vit import ViTSpec
 from vidjoint.run_folder import RunFolder
 
 SAME = ("gelu", "norm_eps", "mean", "std", "pool")  # settings without parameters that pretrained parameters rely on
+flat = functools.partial(traverse_util.flatten_dict, sep="/")  # nested dicts -> {"blocks/3/attn/qkv/kernel": array}
 
 
 def init_from(path: str, fresh: dict, spec: ViTSpec, labels: dict[str, tuple[str, ...]], report: Callable[[str], None]) -> dict:
@@ -36,8 +39,8 @@ def init_from(path: str, fresh: dict, spec: ViTSpec, labels: dict[str, tuple[str
     folder = RunFolder(Path(path).expanduser())
     old_spec, old_labels = spec_from_config(folder.config.model), folder.labels
     step, stored = load_params(folder.path)
-    old = _flatten(stored["params"]) | _flatten(stored["frozen"]) | _flatten(stored["ema"])
-    new, problems = _flatten(fresh), []
+    old = flat(stored["params"]) | flat(stored["frozen"]) | flat(stored["ema"])
+    new, problems = flat(fresh), []
     result, counts = dict(new), {"loaded": [], "resized": [], "new": [], "unused": [name for name in old if name not in new]}
     for name, value in new.items():
         source = old.get(name)
@@ -67,22 +70,4 @@ def init_from(path: str, fresh: dict, spec: ViTSpec, labels: dict[str, tuple[str
     for key in SAME:
         if getattr(old_spec, key) != getattr(spec, key):
             report(f"init_from={path}: model.{key} was {getattr(old_spec, key)} there and is {getattr(spec, key)} here: is that meant?")
-    return _unflatten(result)
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _unflatten(flat: dict) -> dict:
-    tree: dict = {}
-    for name, value in flat.items():
-        *folders, last = name.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = value
-    return tree
+    return traverse_util.unflatten_dict(result, sep="/")
