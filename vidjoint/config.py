@@ -37,8 +37,11 @@ def base_config() -> ConfigDict:
     # Data
     c.data_root = ""  # folder that every relative path of a task starts from; "": the current folder
     c.batch_size = 64  # examples per step, over all batches of the step and all devices
-    c.schedule = "mixed"  # mixed: tasks side by side, in proportion to size (CoVeR); round_robin: one task per step (IV-ViT)
-    c.task_order = ()  # whose turn comes after whose in round_robin; (): alphabetical
+    # mixed: tasks side by side in every batch, in proportion to size (CoVeR). All others are PolyViT's, whose batches are of one task each:
+    # round_robin (or alternating): in turn (IV-ViT); task_by_task: all steps of one, then of the next; uniform: drawn evenly; weighted: drawn in
+    # proportion to their steps, with exact counts; accumulated: one batch of each per step, gradients summed
+    c.schedule = "mixed"
+    c.task_order = ()  # order of the tasks in round_robin and task_by_task; (): alphabetical
     c.tasks = ConfigDict()  # name -> task_config(...)
 
     c.data = ConfigDict()
@@ -58,10 +61,16 @@ def base_config() -> ConfigDict:
     m.patch = 0  # patch side in pixels; 0: the variant's
     m.frames = 8  # frames per clip (images have one); any number works at run time, tables are resized
     m.image_size = 224  # side of the square input in pixels; a task may differ
-    m.mixer = "none"  # how frames talk: none, divided, joint, token_shift
+    m.embed = "shared"  # shared: images and frames have one patch embedding; separate: videos have a projection and a position table of their own
+    m.tubelet = 1  # frames per token of a video, 1: patches of one frame; above 1 (ViViT, PolyViT) needs embed=separate
+    m.tubelet_init = "central_frame"  # how the video projection starts from that of images: central_frame (zero but for the middle frame) or average
+    m.mixer = "none"  # how frames talk: none, divided, joint, token_shift, motion, am_flow
+    m.mixer_blocks = ()  # numbers, from 0, of the blocks in which frames talk; (): all. MEViT is top-heavy: (4, 5, .., 10)
     m.temporal_init = "zero"  # zero: time table and temporal branch start as the identity, for pretrained models; random: for training from scratch
-    m.pool = "class_token"  # class_token: mean of the frames' class tokens (late fusion); average: mean of all patches
-    m.class_token = True  # False: no class token; pool must be average
+    # class_token: mean of the frames' class tokens (late fusion); average: mean of all patches; frame_mean: mean over frames before the last norm,
+    # then the class token (TimeSformer space-only); last_frame: that frame's class token (AM Flow); class_attention: MEViT; temporal_encoder: ViViT
+    m.pool = "class_token"
+    m.class_token = True  # False: no class token in the blocks; pool must be average or class_attention
     m.dtype = "bfloat16"  # compute type; parameters, softmax and losses stay float32. On a CPU float32 is faster
     m.remat = "none"  # none, or block: recompute each block in the backward pass (less memory, a third more compute)
     m.drop_path = 0.0  # stochastic depth: share of dropped residuals in the last block, rising linearly from 0
@@ -76,6 +85,36 @@ def base_config() -> ConfigDict:
     m.token_shift.tokens = "class"  # class: only the class token moves (the papers); all: every token (needed from scratch)
     m.token_shift.fraction = 0.125  # share of the channels that comes from each neighbour frame (IV-ViT 1/8, TokenShift 1/4)
     m.token_shift.direction = "next_first"  # first channels from frame t+1 (the code of both papers), or previous_first (IV-ViT eq. 7)
+    m.motion = ConfigDict()  # mixer motion (MEViT)
+    m.motion.block = 2  # M: a patch attends to the M x M block it lies in, in all frames; 1 is divided attention over time
+    m.motion.order = "time_space"  # motion before spatial attention (eqs. 8, 6), or space_time (fig. 2)
+    m.motion.temporal_fc = True  # end the branch in a dense layer of its own, as TimeSformer does
+    m.class_attention = ConfigDict()  # pool class_attention (MEViT eq. 10; CaiT)
+    m.class_attention.blocks = 1  # blocks that update the class token alone, after model.depth blocks without it
+    m.class_attention.keys = "patches"  # patches (MEViT), or all: the class token too (CaiT)
+    m.temporal_encoder = ConfigDict()  # pool temporal_encoder (ViViT's factorised encoder)
+    m.temporal_encoder.depth = 4  # transformer blocks over the frames' class tokens
+    f = m.am_flow = ConfigDict()  # mixer am_flow: adapters with attention-map flow and temporal processing units (TPUs), usually with optim.freeze
+    f.adapter = "parallel"  # parallel (scaled), serial, hyperformer (parallel, weights made by one shared net) or compacter (parallel, low-rank sums)
+    f.bottleneck = 684  # r: width of the adapters' bottleneck; 684 gives the paper's number of parameters
+    f.flow = "vanilla"  # none; vanilla: still camera (eqs. 2-3); aligned: moving camera, with an aligning encoder (eqs. 4-5). In model.mixer_blocks
+    f.flow_heads = "mean"  # mean: attention maps are averaged over heads, one number per token; each: one per head
+    f.flow_last = "zeros"  # flow of the last frame, which has no next one: zeros or repeat
+    f.flow_tokens = "all"  # all: class token and patches are in the attention map, and the class token's flow is set to 0; patches: only these are
+    f.flow_softmax = "keys"  # axis of the softmax: keys or queries
+    f.flow_map = "softmax"  # flow=aligned: what is summed per token, softmax of the attention map or its logits
+    f.encoder_width = 684  # aligning encoder: width
+    f.encoder_mlp = 1368  # aligning encoder: hidden width
+    f.encoder_heads = 12  # aligning encoder: heads of its linear attention
+    f.encoder_input = "scalar"  # scalar: one number per token, projected to the width; tokens: one vector per frame that holds all patches' numbers
+    f.tpu = "transformer"  # transformer, tcn, lstm, or none: adapters alone. In model.mixer_blocks
+    f.tpu_sequence = "frames"  # frames: mean over tokens, then one sequence over time; tokens: a sequence for each token, then the mean
+    f.tpu_squeeze = "auto"  # auto: the last state (lstm, tcn) or the mean over time (transformer); last; mean
+    f.tpu_width = 684  # width of the unit; the transformer's is the bottleneck
+    f.tpu_layers = 1  # layers: encoder blocks, residual blocks of two convolutions (dilation 2^i), or stacked LSTMs
+    f.tpu_mlp = 1368  # transformer: hidden width
+    f.tpu_heads = 12  # transformer: attention heads
+    f.double_residual = False  # add the adapter's own input to its output once more, as eq. 1 is printed
 
     # Loss
     c.loss = ConfigDict()
@@ -102,6 +141,9 @@ def base_config() -> ConfigDict:
     o.decay = "matrices"  # matrices: no decay on biases, norms, tokens and tables; all: everything (TimeSformer's code)
     o.clip_norm = 0.0  # global gradient norm is clipped to this; 0: off
     o.ema = 0.0  # decay of the exponential moving average of the parameters, used for evaluation; 0: off
+    # round_robin only. shared: one optimiser; independent: moments of its own for each task; cumulative_ref: likewise, and each step takes the sum of
+    # the round's gradients so far (IV-ViT's code); accumulated: one update per round, with the sum of its gradients
+    o.per_task = "shared"
     o.freeze = ()  # regular expressions on parameter paths ("blocks/.*"): these are neither trained nor differentiated
 
     # Evaluation
@@ -137,9 +179,12 @@ def task_config(**changes) -> ConfigDict:
     t.root = ""  # folder that the paths in a list start from, relative to data_root; "": the list's own folder
     t.labels = ""  # file with one class name per line (or the dataset's own label file), relative to data_root; "": read off the data
     t.classes = 0  # number of classes; 0: as many as the labels
+    t.multilabel = False  # True: an example has any number of labels (in a list: `path,label|label`); sigmoid per class, mean average precision
 
     t.loss_weight = 1.0  # w of CoVeR's weighted loss
     t.sample_weight = 1.0  # the set counts as so many copies of itself when tasks are drawn in proportion to size
+    t.steps = 0  # task_by_task, weighted: share of total_steps is in proportion to this (PolyViT's U, steps alone); 0: to size x sample_weight
+    t.batch_size = 0  # examples per batch of this task where batches are of one task; 0: config.batch_size
 
     t.frames = 0  # frames per clip; 0: model.frames. An image has one
     t.image_size = (0, 0)  # height, width in pixels; (0, 0): model.image_size squared

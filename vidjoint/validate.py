@@ -10,8 +10,8 @@ from vidjoint.data import clips, sources
 from vidjoint.data.mixture import SCHEDULES, clip_spec
 from vidjoint.errors import UserError
 from vidjoint.models.build import PRESETS
-from vidjoint.models.heads import POOLS
 from vidjoint.models.mixers import MIXERS
+from vidjoint.models.pooling import NEED_CLASS_TOKEN, POOLS
 
 CHOICES = {
     "schedule": SCHEDULES,
@@ -21,9 +21,25 @@ CHOICES = {
     "model.remat": ("none", "block"),
     "model.gelu": ("exact", "tanh"),
     "model.temporal_init": ("zero", "random"),
+    "model.embed": ("shared", "separate"),
+    "model.tubelet_init": ("central_frame", "average"),
     "model.divided.image_temporal": ("affine", "skip"),
     "model.token_shift.tokens": ("class", "all"),
     "model.token_shift.direction": ("next_first", "previous_first"),
+    "model.motion.order": ("time_space", "space_time"),
+    "model.class_attention.keys": ("patches", "all"),
+    "model.am_flow.adapter": ("parallel", "serial", "hyperformer", "compacter"),
+    "model.am_flow.flow": ("none", "vanilla", "aligned"),
+    "model.am_flow.flow_heads": ("mean", "each"),
+    "model.am_flow.flow_last": ("zeros", "repeat"),
+    "model.am_flow.flow_tokens": ("all", "patches"),
+    "model.am_flow.flow_softmax": ("keys", "queries"),
+    "model.am_flow.flow_map": ("softmax", "logits"),
+    "model.am_flow.encoder_input": ("scalar", "tokens"),
+    "model.am_flow.tpu": ("none", "transformer", "tcn", "lstm"),
+    "model.am_flow.tpu_sequence": ("frames", "tokens"),
+    "model.am_flow.tpu_squeeze": ("auto", "last", "mean"),
+    "optim.per_task": ("shared", "independent", "cumulative_ref", "accumulated"),
     "loss.reduction": losses.REDUCTIONS,
     "eval.average": ("softmax", "logits"),
 }
@@ -116,8 +132,8 @@ def _check_model(model: ConfigDict) -> list[str]:
     width, heads = model.width or width, model.heads or heads
     if width % heads:
         problems.append(f"model.heads={heads} does not divide the width {width}: choose model.heads or model.width so that it does")
-    if not model.class_token and model.pool == "class_token":
-        problems.append("model.pool=class_token needs model.class_token=True: set it, or use model.pool=average")
+    if not model.class_token and model.pool in NEED_CLASS_TOKEN:
+        problems.append(f"model.pool={model.pool} needs model.class_token=True: set it, or use model.pool=average")
     if model.mixer == "token_shift" and model.token_shift.tokens == "class" and not model.class_token:
         problems.append("model.token_shift.tokens=class needs a class token: set model.class_token=True or model.token_shift.tokens=all")
     if not 0 < model.token_shift.fraction <= 0.5:

@@ -9,7 +9,7 @@ from tests.models import oracles
 from vidjoint.config import base_config
 from vidjoint.models.build import PRESETS, Model, build, count_parameters
 from vidjoint.models.mixers import MIXERS
-from vidjoint.models.vit import DividedSpec, TokenShiftSpec, ViTSpec
+from vidjoint.models.spec import DividedSpec, TokenShiftSpec, ViTSpec
 
 TINY = ViTSpec(width=24, depth=2, heads=3, mlp_dim=48, patch=8, frames=4, image_size=24)
 CLASSES = (("actions", 5), ("digits", 3))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from vidjoint.models.vit import DividedSpec, TokenShiftSpec, ViT, ViTSpec
+from vidjoint.models.spec import ViTSpec
+from vidjoint.models.vit import ViT
 
 PRESETS = {  # width, depth, heads, MLP width (Dosovitskiy et al. 2021, table 1; Touvron et al. 2021 for Ti and S)
     "Ti": (192, 12, 3, 768),
@@ -24,9 +25,11 @@ def spec_from_config(model) -> ViTSpec:
     width, depth, heads, mlp_dim = PRESETS[size]
     sizes = {"width": width, "depth": depth, "heads": heads, "mlp_dim": mlp_dim, "patch": int(patch)}
     sizes = {key: model[key] or value for key, value in sizes.items()}
-    parts = {"divided": DividedSpec(**model.divided), "token_shift": TokenShiftSpec(**model.token_shift)}
-    names = {f.name for f in dataclasses.fields(ViTSpec)} - set(sizes) - set(parts)
-    return ViTSpec(**sizes, **parts, **{name: model[name] for name in names})
+    for field in dataclasses.fields(ViTSpec):
+        if field.name not in sizes:
+            value = model[field.name]
+            sizes[field.name] = field.type(**value) if dataclasses.is_dataclass(field.type) else value
+    return ViTSpec(**sizes)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Model:
         return self.bind(params)(pixels, key)
 
     def features(self, params: dict, pixels: jax.Array) -> jax.Array:
-        """Pooled features before the heads: float32[B, D]."""
+        """Features before the heads: float32[B, D], D more than the width where a mixer has branches (AM Flow)."""
         return self.bind(params).features(pixels)
 
 

@@ -5,7 +5,10 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
+from vidjoint.models.spec import ViTSpec
+
 Drop = Callable[[jax.Array], jax.Array]  # stochastic depth of this block, for a residual float[B, ...]
+Branches = tuple[jax.Array, ...]
 
 
 class Mixer(nnx.Module):
@@ -15,25 +18,27 @@ class Mixer(nnx.Module):
     """
 
     time_table = False  # whether the patches get a learned embedding of their frame
+    branch_widths: tuple[int, ...] = ()  # widths of the feature vectors that this block gives to the heads besides the tokens
 
-    def __init__(self, spec, rngs: nnx.Rngs):
-        """`spec` is a `vidjoint.models.vit.ViTSpec`."""
+    def __init__(self, spec: ViTSpec, index: int, rngs: nnx.Rngs):
+        """`index` counts the blocks from 0."""
         self.prefix = spec.prefix
+        self.active = spec.mixes(index)  # in other blocks frames don't talk
 
     def before_attention(self, x: jax.Array, drop: Drop) -> jax.Array:
         return x
 
     def attend(self, attention: Callable, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Runs the block's attention on normalised tokens; returns the residual float[B, T, N, D] with q and k."""
+        """Runs the block's attention on normalised tokens; returns the residual float[B, T, N, D] with q and k float[..., H, D / H]."""
         return attention(y)
 
-    def after_attention(self, x: jax.Array, y: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
-        """`x` after the residual was added; `y`, `q`, `k` are what `attend` took and gave."""
+    def after_attention(self, residual: jax.Array, x: jax.Array, q: jax.Array, k: jax.Array) -> tuple[jax.Array, Branches]:
+        """The residual that is added to the tokens `x`, and branch features float[B, branch_widths[0]]; `q`, `k` are what `attend` gave."""
+        return residual, ()
+
+    def before_mlp(self, x: jax.Array, drop: Drop) -> jax.Array:
         return x
 
-    def before_mlp(self, x: jax.Array) -> jax.Array:
-        return x
-
-    def after_mlp(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """`x` after the MLP's residual was added; `y` is the MLP's normalised input."""
-        return x
+    def after_mlp(self, residual: jax.Array, x: jax.Array) -> tuple[jax.Array, Branches]:
+        """Likewise for the residual of the MLP."""
+        return residual, ()

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vidjoint.models.mixers.base import Drop, Mixer
+from vidjoint.models.spec import ViTSpec
 
 
 def shift(x: jax.Array, fraction: float, next_first: bool) -> jax.Array:
@@ -29,15 +30,15 @@ class TokenShift(Mixer):
     model changes at once; images (T = 1) are not shifted.
     """
 
-    def __init__(self, spec, rngs: nnx.Rngs):
-        super().__init__(spec, rngs)
+    def __init__(self, spec: ViTSpec, index: int, rngs: nnx.Rngs):
+        super().__init__(spec, index, rngs)
         self.settings = spec.token_shift
 
     def before_attention(self, x: jax.Array, drop: Drop) -> jax.Array:
-        return self.before_mlp(x)
+        return self.before_mlp(x, drop)
 
-    def before_mlp(self, x: jax.Array) -> jax.Array:
-        if x.shape[1] == 1:
+    def before_mlp(self, x: jax.Array, drop: Drop) -> jax.Array:
+        if x.shape[1] == 1 or not self.active:
             return x
         moving = x.shape[2] if self.settings.tokens == "all" else self.prefix
         moved = shift(x[:, :, :moving], self.settings.fraction, self.settings.direction == "next_first")

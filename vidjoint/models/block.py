@@ -1,0 +1,35 @@
+"""One transformer block, with the hooks of a temporal mixer."""
+
+import functools
+
+import jax
+from flax import nnx
+
+from vidjoint.models.layers import Attention, Mlp, drop_path, layer_norm
+from vidjoint.models.mixers import MIXERS
+from vidjoint.models.spec import ViTSpec
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each with a residual; the mixer's hooks lie between them."""
+
+    def __init__(self, spec: ViTSpec, index: int, rngs: nnx.Rngs):
+        """`index` counts the blocks of the model from 0."""
+        self.drop_rate = spec.drop_path * index / max(spec.depth - 1, 1)
+        self.norm1 = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
+        self.attn = Attention(spec.width, spec.heads, dtype=spec.dtype, rngs=rngs)
+        self.norm2 = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
+        self.mlp = Mlp(spec.width, spec.mlp_dim, tanh_gelu=spec.gelu == "tanh", dtype=spec.dtype, rngs=rngs)
+        self.mixer = MIXERS[spec.mixer](spec, index, rngs)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """float[B, T, N, D] -> the same, and the mixer's branch features; `key` drives stochastic depth, None turns it off."""
+        keys = [None] * 3 if key is None else jax.random.split(key, 3)
+        drops = [functools.partial(drop_path, rate=self.drop_rate, key=k) for k in keys]
+        x = self.mixer.before_attention(x, drops[0])
+        residual, q, k = self.mixer.attend(self.attn, self.norm1(x))
+        residual, branches = self.mixer.after_attention(residual, x, q, k)
+        x = x + drops[1](residual)
+        x = self.mixer.before_mlp(x, drops[0])
+        residual, more = self.mixer.after_mlp(self.mlp(self.norm2(x)), x)
+        return x + drops[2](residual), branches + more
