@@ -1,33 +1,24 @@
-"""What all CoVeR experiments share (section 4.1): TimeSformer-L on Kinetics, Something-Something v2, Moments in Time and ImageNet, co-trained.
+"""What all CoVeR experiments share (sections 3 and 4): TimeSformer-L on Kinetics, Something-Something v2, Moments in Time and ImageNet, co-trained.
 
-Not run by itself: see cover_jft.py and cover_in21k.py. Files are looked for under data_root:
-  kinetics400/  (kinetics600/, kinetics700/)  train.csv and validate.csv as published (label, youtube_id, time_start, ...), and the clips in folders
-    below, as LABEL/ID_START_END.mp4 or flat
-  something-v2/  labels/train.json, labels/validation.json, labels/labels.json as published, and videos/ID.webm
-  moments/  trainingSet.csv, validationSet.csv, moments_categories.txt as published, and folders training/ and validation/
-  imagenet/  train/CLASS/*.JPEG and val/CLASS/*.JPEG
+Not run by itself: see cover_jft.py, cover_in21k.py, cover_ablations.py and cover_transfer.py. How to lay out the files: datasets.py.
 """
 
-from vidjoint.config import base_config, task_config
+from configs import datasets
+from vidjoint.config import base_config
 
 INPUT = {  # frames, pixels, random short side (table 7; TimeSformer's jitter)
     "standard": (8, 224, (256, 320)),
     "high_res": (16, 448, (448, 512)),
 }
+EVERYTHING = ("kinetics", "ssv2", "mit", "imagenet")
 
 
-def cover(argument: str, init_from: str):
-    """The recipe in full. `argument`: standard or high_res, and optionally k600 or k700 in place of k400, as in `high_res,k600`."""
-    words = set(argument.split(",")) - {""}
-    (resolution,) = words & set(INPUT) or {"high_res"}
-    (kinetics,) = words & {"k400", "k600", "k700"} or {"k400"}
-    if words - {resolution, kinetics}:
-        raise ValueError(f"unknown config argument {', '.join(sorted(words - {resolution, kinetics}))}: use {', '.join(INPUT)}, k400, k600 or k700")
+def cover(resolution: str = "high_res", kinetics: str = "k400", init_from: str = "", tasks: tuple[str, ...] = EVERYTHING):
+    """The recipe in full. `tasks`: which of EVERYTHING; `kinetics`: k400, k600 or k700."""
     frames, side, short_side = INPUT[resolution]
-
     config = base_config()
     config.total_epochs = 20.0
-    config.batch_size = 128  # 62 videos and 66 images with K400, in proportion to the sets' sizes
+    config.batch_size = 128  # of all four sets with K400: 62 videos and 66 images, in proportion to the sets' sizes
     config.eval_every = 20_000
     config.checkpoint_every = 1_000
     config.init_from = init_from
@@ -37,26 +28,12 @@ def cover(argument: str, init_from: str):
     config.eval.views = "1x3"
 
     common = dict(sampler="uniform", crop="short_side", short_side=short_side)
-    number = kinetics[1:]
-    config.tasks.update(
-        {
-            kinetics: task_config(train=f"kinetics{number}/train.csv", val=f"kinetics{number}/validate.csv", classes=int(number), **common),
-            "ssv2": task_config(  # "from left to right" is a class: no flip
-                train="something-v2/labels/train.json",
-                val="something-v2/labels/validation.json",
-                root="something-v2/videos",
-                classes=174,
-                flip=False,
-                **common,
-            ),
-            "mit": task_config(
-                train="moments/trainingSet.csv",
-                val="moments/validationSet.csv",
-                labels="moments/moments_categories.txt",
-                classes=339,
-                **common,
-            ),
-            "imagenet": task_config(source="folder", media="image", train="imagenet/train", val="imagenet/val", classes=1000, **common),
-        }
-    )
+    sets = {
+        "kinetics": lambda: datasets.kinetics(int(kinetics[1:]), **common),
+        "ssv2": lambda: datasets.ssv2(**common),
+        "mit": lambda: datasets.moments(**common),
+        "imagenet": lambda: datasets.imagenet(loss_weight=0.5, **common),  # table 6: images 0.5, videos 1
+    }
+    for name in tasks:
+        config.tasks[kinetics if name == "kinetics" else name] = sets[name]()
     return config

@@ -135,3 +135,11 @@ def test_real_bad_files(tmp_path):
     bad = {Path(entry["path"]).name: entry["error"] for entry in report_of(tmp_path / "r.json")["bad"]}
     assert len(bad) == 14 and "audio only" in bad["media__bbb_1ch_48kHz_q10_opus.webm"]
     assert all(reason and "\n" not in reason for reason in bad.values())
+
+
+def test_files_of_many_labels(videos, tmp_path):
+    (tmp_path / "l.csv").write_text("a.mp4,x|y\nb c.mp4,\na.mp4,z\na.mp4,x\n")
+    assert run(tmp_path / "l.csv", f"--root={videos}") == 1
+    assert run(tmp_path / "l.csv", f"--root={videos}", "--multilabel", f"--json={tmp_path / 'r.json'}") == 0
+    report = report_of(tmp_path / "r.json")
+    assert report["files"] == report["good"] == 2 and report["classes"] == {"x": 1, "y": 1, "z": 1} and not report["repeated"]

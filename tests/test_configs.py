@@ -17,8 +17,23 @@ from vidjoint.step import init_state, make_train_step
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = [f"configs/{path.name}" for path in sorted(FOLDER.glob("*.py")) if "\ndef get_config(" in path.read_text()]
-ARGUMENTS = ("standard", "high_res", "high_res,k600", "standard,k700")
-VARIANTS = [f"configs/{name}.py:{argument}" for name in ("cover_jft", "cover_in21k") for argument in ARGUMENTS]
+ARGUMENTS = {  # besides the default: every word that an experiment takes, at least once
+    "am_flow_k400": ("lstm,8f", "transformer,32f", "tcn,24f", "no_flow", "no_encoder", "scratch", "hyperformer", "compacter", "serial", "large"),
+    "am_flow_smarthome": ("transformer", "tcn", "24f", "hyperformer"),
+    "am_flow_ssv2": ("transformer", "lstm,8f", "32f", "compacter"),
+    "cover_ablations": ("kinetics", "ssv2", "mit", "kinetics+ssv2+mit,k600", "kinetics+ssv2+mit+imagenet,k700,w0.75", "standard,w0"),
+    "cover_images": ("b16",),
+    "cover_in21k": ("standard", "high_res", "high_res,k600", "standard,k700"),
+    "cover_jft": ("standard", "high_res", "high_res,k600", "standard,k700"),
+    "cover_transfer": ("ssv2,frozen", "k400,full", "k400,frozen,standard"),
+    "iv_vit": ("separate", "images", "videos", "scratch", "images,scratch"),
+    "mevit_k400": ("16f",),
+    "mevit_k600": ("8f",),
+    "mevit_ssv2": ("8f",),
+    "polyvit": ("task_by_task", "uniform", "weighted", "accumulated", "scratch"),
+    "timesformer_k400": ("joint", "space_only", "divided,hr", "long"),
+}
+VARIANTS = [f"configs/{name}.py:{argument}" for name, arguments in ARGUMENTS.items() for argument in arguments]
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +42,7 @@ def at_the_root(monkeypatch):
 
 
 def test_the_experiments_are_found():
-    assert {"configs/demo.py", "configs/cover_jft.py", "configs/cover_in21k.py", "configs/iv_vit.py", "configs/finetune_folder.py"} <= set(FILES)
+    assert {f"configs/{name}.py" for name in ("demo", "real_cotrain", "finetune_folder", "vivit_k400", *ARGUMENTS)} <= set(FILES)
 
 
 @pytest.mark.parametrize("file", FILES + VARIANTS)
@@ -61,12 +76,13 @@ def parameters(model):
     return model.abstract()
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_its_model_can_be_built(file):
+@pytest.mark.parametrize("file", FILES + VARIANTS)
+def test_its_model_can_be_built_at_full_size(file):
     config, _ = parse([f"--config={file}"])
     params = parameters(build(config.model, classes(config)))
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
     trained, frozen = optim.split_frozen(params, config.optim.freeze)
+    print(f"{file}: {count_parameters(params) / 1e6:.2f} M parameters, {count_parameters(trained) / 1e6:.2f} M of them trained")
     assert count_parameters(trained) + count_parameters(frozen) == count_parameters(params) > 1e5
 
 
@@ -75,7 +91,11 @@ def test_shrunk_it_makes_a_step(file):
     config, _ = parse([f"--config={file}"])
     patch = build(config.model, {"a": 1}).spec.patch
     config.batch_size = 8
-    config.model.update(width=16, depth=2, heads=2, mlp_dim=32, frames=2, image_size=2 * patch)
+    config.model.update(width=16, depth=2, heads=2, mlp_dim=32, frames=2 * config.model.tubelet, image_size=2 * patch)
+    config.model.mixer_blocks = config.model.mixer_blocks and (1,)
+    config.model.temporal_encoder.depth = 1
+    flow = config.model.am_flow
+    flow.update(bottleneck=8, encoder_width=8, encoder_mlp=16, encoder_heads=2, tpu_width=8, tpu_layers=1, tpu_mlp=16, tpu_heads=2)
     for task in config.tasks.values():
         task.frames = 0
         if max(task.image_size) > 32:
@@ -117,22 +137,70 @@ def test_cover_is_the_paper_s_recipe(name, argument, frames, side):
     assert (config.model.variant, config.model.mixer, config.model.frames, config.model.image_size) == ("L/16", "divided", frames, side)
     assert config.model.divided.image_temporal == "affine" and config.eval.views == "1x3" and config.eval.reversed
     assert {task: settings.flip for task, settings in config.tasks.items()} == {"imagenet": True, "k400": True, "mit": True, "ssv2": False}
+    assert {task: settings.loss_weight for task, settings in config.tasks.items()} == {"imagenet": 0.5, "k400": 1, "mit": 1, "ssv2": 1}
     assert {settings.sampler for settings in config.tasks.values()} == {"uniform"}
     assert config.init_from  # the image stage
 
 
+def test_cover_s_ablations():
+    """CoVeR tables 5 and 6, and the transfer of figure 3."""
+    tasks = {argument: set(parse([f"--config=configs/cover_ablations.py:{argument}"])[0].tasks) for argument in ("mit", "kinetics+ssv2,k700")}
+    assert tasks == {"mit": {"mit"}, "kinetics+ssv2,k700": {"k700", "ssv2"}}
+    config, _ = parse(["--config=configs/cover_ablations.py:kinetics+ssv2+mit+imagenet,w0.75"])
+    assert {name: task.loss_weight for name, task in config.tasks.items()} == {"k400": 1, "ssv2": 1, "mit": 1, "imagenet": 0.75}
+    config, _ = parse(["--config=configs/cover_transfer.py:k400,frozen"])
+    trained, _ = optim.split_frozen(parameters(build(config.model, classes(config))), config.optim.freeze)
+    assert set(trained) <= {"heads", "pool"} and set(trained["heads"]) == {"k400"}
+    with pytest.raises(UserError, match="choose from"):
+        parse(["--config=configs/cover_ablations.py:imagenet,w2"])
+
+
 def test_iv_vit_is_the_paper_s_recipe():
-    """IV-ViT 5.1 to 5.3."""
+    """IV-ViT 5.1 to 5.3 and table 1."""
     config, _ = parse(["--config=configs/iv_vit.py"])
     assert (config.schedule, config.task_order) == ("round_robin", ("tiny_imagenet", "cifar100", "ucf101", "mini_kinetics"))
     assert (config.total_steps, config.batch_size, config.model.frames) == (4 * 20_000, 6, 16)
     assert (config.model.mixer, config.model.token_shift.tokens, config.model.pool) == ("token_shift", "class", "class_token")
-    assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("adamw", 1e-5, 5e-5)
-    classes = {task: settings.classes for task, settings in config.tasks.items()}
-    assert classes == {"cifar100": 100, "mini_kinetics": 200, "tiny_imagenet": 200, "ucf101": 101}
+    assert (config.optim.name, config.optim.lr, config.optim.weight_decay, config.optim.per_task) == ("adamw", 1e-5, 5e-5, "independent")
+    assert classes(config) == {"cifar100": 100, "mini_kinetics": 200, "tiny_imagenet": 200, "ucf101": 101}
     for name, settings in config.tasks.items():
         assert settings.flip
         if name in ("tiny_imagenet", "cifar100"):
             assert (settings.media, settings.crop, settings.area, settings.aspect) == ("image", "area", (0.08, 1.0), (3 / 4, 4 / 3))
         else:
             assert (settings.sampler, settings.window_seconds, settings.crop, settings.short_side) == ("window", 2.67, "short_side", (224, 320))
+    assert parse(["--config=configs/iv_vit.py:separate"])[0].model.embed == "separate"
+    assert set(parse(["--config=configs/iv_vit.py:videos"])[0].tasks) == {"ucf101", "mini_kinetics"}
+
+
+def test_polyvit_is_the_paper_s_baseline():
+    """IV-ViT 5.4: 32 frames in tubelets, separate embeddings, shared blocks, 3 clips a batch."""
+    config, _ = parse(["--config=configs/polyvit.py:weighted"])
+    assert (config.model.embed, config.model.tubelet, config.model.frames, config.model.mixer) == ("separate", 2, 32, "joint")
+    assert config.model.tubelet_init == "central_frame" and config.schedule == "weighted"
+    assert {name: task.batch_size or config.batch_size for name, task in config.tasks.items()} == {
+        "tiny_imagenet": 6,
+        "cifar100": 6,
+        "ucf101": 3,
+        "mini_kinetics": 3,
+    }
+
+
+def test_mevit_is_the_paper_s_default():
+    """MEViT 4.3: eleven self-attention blocks, the first four of space only, and one of class-attention."""
+    for name, frames in (("k400", 8), ("k600", 16), ("ssv2", 16)):
+        config, _ = parse([f"--config=configs/mevit_{name}.py"])
+        assert (config.model.depth, config.model.mixer_blocks, config.model.frames) == (11, (4, 5, 6, 7, 8, 9, 10), frames)
+        assert (config.model.mixer, config.model.motion.block, config.model.motion.order) == ("motion", 2, "time_space")
+        assert (config.model.pool, config.model.class_attention.blocks, config.model.class_token) == ("class_attention", 1, False)
+        assert config.eval.views == "1x3" and config.tasks[name].short_side == (256, 320)
+
+
+def test_am_flow_trains_what_the_paper_trains():
+    """AM Flow tables 1 to 3, without the heads: nothing of the image model, and AM flow where it belongs."""
+    for argument, flow, blocks in (("k400.py:lstm,8f", "aligned", ()), ("ssv2.py:tcn,24f", "aligned", ()), ("smarthome.py", "vanilla", (0, -1))):
+        config, _ = parse([f"--config=configs/am_flow_{argument}"])
+        assert (config.model.am_flow.flow, config.model.mixer_blocks) == (flow, blocks)
+        trained, frozen = optim.split_frozen(parameters(build(config.model, classes(config))), config.optim.freeze)
+        assert set(trained["blocks"]["0"]) == {"mixer"} and "embed" not in trained and "norm" not in trained
+        assert count_parameters(frozen) / 1e6 == pytest.approx(86.58, rel=0.01)

@@ -131,7 +131,7 @@ def test_summary():
     results = {"x": result, "y": few}
     assert evaluate.as_json(results, 7) == {"step": 7, "tasks": {"x": result.summary(), "y": few.summary()}}
     assert evaluate.as_events(results) == {"val/x/top1": 0.5, "val/x/top5": 0.75, "val/x/top1_reversed": 0.25, "val/y/top1": 0.5, "val/y/top5": 1.0}
-    assert evaluate.mean_top1(results) == 0.5 and evaluate.mean_top1({}) is None and evaluate.mean_top1({"x": result, "z": none}) is None
+    assert evaluate.mean_score(results) == 0.5 and evaluate.mean_score({}) is None and evaluate.mean_score({"x": result, "z": none}) is None
     header, first, second, third = evaluate.table(evaluate.as_json({**results, "z": none}, 7)).splitlines()
     assert header.split() == ["task", "examples", "classes", "chance", "top-1", "top-5", "reversed"]
     assert first.split() == ["x", "4", "6", "16.7", "%", "50.0", "%", "75.0", "%", "25.0", "%"] and second.split()[-1] == "-"

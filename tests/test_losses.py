@@ -8,6 +8,7 @@ from vidjoint.errors import UserError
 from vidjoint.losses import weighted_loss
 
 cross_entropy = jax.jit(losses.cross_entropy)  # one compilation per shape
+sigmoid_cross_entropy = jax.jit(losses.sigmoid_cross_entropy)
 
 
 def oracle(logits, label, smoothing):
@@ -47,6 +48,38 @@ def test_labels_of_other_tasks_are_finite_and_can_be_masked():
     loss, gradient = jax.jit(jax.value_and_grad(lambda x: jnp.where(mask, cross_entropy(x, label, 0.1), 0).sum()))(logits)
     np.testing.assert_allclose(loss, np.log(4), rtol=1e-6)
     assert np.isfinite(cross_entropy(logits, label, 0.1)).all() and np.isfinite(gradient).all() and not np.any(gradient[1:])
+
+
+def sigmoid_oracle(logits, labels):
+    """The binary cross-entropy of one class after the other, and the gradient of the sum of the examples' losses."""
+    logits = np.asarray(logits, np.float64)
+    loss, gradient = np.zeros(len(logits)), np.zeros(logits.shape)
+    for i, own in enumerate(labels):
+        for c, logit in enumerate(logits[i]):
+            share = 1 / (1 + np.exp(-logit))
+            loss[i] -= (np.log(share) if c in own else np.log(1 - share)) / len(logits[i])
+            gradient[i, c] = (share - (c in own)) / len(logits[i])
+    return loss, gradient
+
+
+def test_sigmoid_cross_entropy_and_its_gradient():
+    logits = (4 * np.random.default_rng(0).normal(size=(5, 7))).astype(np.float32)
+    label = jnp.int32([[0, -1, -1], [6, 2, -1], [-1, -1, -1], [3, 3, 3], [5, -1, 1]])  # in any order, repeated, none at all
+    loss, gradient = sigmoid_oracle(logits, [{0}, {2, 6}, {}, {3}, {1, 5}])
+    np.testing.assert_allclose(sigmoid_cross_entropy(logits, label), loss, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(lambda x: sigmoid_cross_entropy(x, label).sum()))(logits), gradient, atol=1e-5)
+    half = sigmoid_cross_entropy(jnp.asarray(logits, jnp.bfloat16), label)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, sigmoid_oracle(jnp.asarray(logits, jnp.bfloat16), [{0}, {2, 6}, {}, {3}, {1, 5}])[0], atol=1e-5)
+
+
+def test_sigmoid_cross_entropy_at_the_edges():
+    large = jnp.float32([[1e4, -1e4, 0.0]])
+    np.testing.assert_allclose(sigmoid_cross_entropy(large, jnp.int32([[0]])), [np.log(2) / 3], rtol=1e-6)
+    np.testing.assert_allclose(sigmoid_cross_entropy(large, jnp.int32([[1]])), [(2e4 + np.log(2)) / 3], rtol=1e-6)
+    for classes in (3, 300):  # a model that knows nothing starts at the same loss, whatever their number
+        np.testing.assert_allclose(sigmoid_cross_entropy(jnp.zeros((1, classes)), jnp.int32([[1]])), [np.log(2)], rtol=1e-6)
+    np.testing.assert_allclose(sigmoid_cross_entropy(large, jnp.int32([[390]])), sigmoid_cross_entropy(large, jnp.int32([[-1]])))  # of another task
 
 
 def test_weighted_loss():

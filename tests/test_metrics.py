@@ -6,7 +6,20 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from vidjoint.metrics import MetricsWriter, Summary, count_confusion, per_class, read_events, topk_correct, write_confusion_csv, write_per_class_csv
+from vidjoint.metrics import (
+    MetricsWriter,
+    Summary,
+    average_precision,
+    best_label,
+    count_confusion,
+    per_class,
+    positives,
+    read_events,
+    topk_correct,
+    write_average_precision_csv,
+    write_confusion_csv,
+    write_per_class_csv,
+)
 
 # Counting
 
@@ -33,6 +46,61 @@ def test_topk_of_ties_and_nan():
 def test_topk_takes_device_arrays():
     scores = jnp.asarray([[0.0, 1.0], [2.0, 1.0]], jnp.bfloat16)
     np.testing.assert_array_equal(topk_correct(scores, jnp.int32([1, 1]), 1), [True, False])
+
+
+def precision_oracle(scores, positive):
+    """One class: walks down the ranking, and notes the precision wherever a positive is met."""
+    found, precisions = 0, []
+    for rank, i in enumerate(sorted(range(len(scores)), key=lambda i: (-scores[i], i)), 1):
+        if positive[i]:
+            found += 1
+            precisions.append(found / rank)
+    return np.mean(precisions) if precisions else np.nan
+
+
+def test_average_precision():
+    rng = np.random.default_rng(2)
+    scores, positive = rng.normal(size=(40, 6)).astype(np.float32), rng.random((40, 6)) < 0.3
+    positive[:, 4], positive[:, 5] = False, True
+    tied = np.round(scores, 0)  # equal scores: in the order they come in
+    for given in (scores, tied):
+        expected = [precision_oracle(given[:, c].tolist(), positive[:, c]) for c in range(6)]
+        np.testing.assert_allclose(average_precision(given, positive), expected, atol=1e-12)
+    assert np.isnan(expected[4]) and expected[5] == 1
+    np.testing.assert_allclose(average_precision([[0.9], [0.8], [0.7], [0.1]], np.array([[True], [False], [True], [False]])), [(1 + 2 / 3) / 2])
+    metrics = pytest.importorskip("sklearn.metrics")
+    for c in (0, 1, 2, 3, 5):
+        assert average_precision(scores, positive)[c] == pytest.approx(metrics.average_precision_score(positive[:, c], scores[:, c]), abs=1e-9)
+
+
+def test_average_precision_of_what_is_no_number():
+    positive = np.array([[True, True], [False, True], [True, False]])
+    scores = np.array([[np.nan, np.nan], [2.0, np.nan], [1.0, np.nan]])
+    np.testing.assert_allclose(average_precision(scores, positive), [(1 / 2 + 0) / 2, 0])
+    assert np.isnan(average_precision(np.zeros((0, 3)), np.zeros((0, 3), bool))).all()
+
+
+def test_any_of_several_labels_counts():
+    scores = np.array([[0.1, 0.9, 0.5, 0.0], [0.4, 0.1, 0.4, 0.2], [0.1, 0.2, 0.3, 0.4], [np.nan, 1, 0, 0]])
+    positive = positives(np.array([[0, 2, -1], [2, 0, 3], [-1, -1, -1], [1, -1, 0]]), 4)
+    np.testing.assert_array_equal(positive, [[1, 0, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+    best = best_label(scores, positive)
+    assert best[:2].tolist() == [2, 0]  # of equal scores the lower class, as in the ranking
+    assert topk_correct(scores, best, 1).tolist()[:2] == [False, True] and topk_correct(scores, best, 2).tolist() == [True, True, False, False]
+    with pytest.raises(ValueError, match=r"outside 0\.\.3"):
+        positives(np.array([[4]]), 4)
+
+
+def test_table_of_average_precision(tmp_path):
+    positive = np.array([[True, False, True], [True, False, False]])
+    write_average_precision_csv(tmp_path / "classes.csv", np.array([1, np.nan, 1 / 3]), positive, ["a, b", "x", "größer"])
+    with open(tmp_path / "classes.csv", encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["class", "label", "examples", "average_precision"],
+            ["0", "a, b", "2", "1.0"],
+            ["1", "x", "0", ""],
+            ["2", "größer", "1", "0.333333"],
+        ]
 
 
 def test_confusion_adds_up_over_batches():

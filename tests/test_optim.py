@@ -1,12 +1,18 @@
+import functools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from vidjoint.config import base_config
+from vidjoint import sharding
+from vidjoint.checkpoints import Checkpoints
+from vidjoint.config import base_config, task_config
 from vidjoint.errors import UserError
 from vidjoint.optim import decay_mask, ema_update, join, make_optimizer, make_schedule, split_frozen
+from vidjoint.step import init_state, make_train_step
 
 
 def settings(**changes):
@@ -157,6 +163,210 @@ def test_adamw_for_three_steps(decay):
         direction = jax.tree.map(lambda m, s, first=first, second=second: (m / first) / (np.sqrt(s / second) + 1e-3), mean, square)
         expected = jax.tree.map(lambda p, d, m, rate=rate: p - rate * (d + 0.2 * p * m), expected, direction, mask)
     assert_trees_close(actual, expected)
+
+
+# Tasks that take turns
+
+TASKS = 3
+MODES = ("shared", "independent", "cumulative_ref", "accumulated")
+ADAMW = dict(name="adamw", betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2, clip_norm=2.0)
+SGD = dict(name="sgd", momentum=0.9, nesterov=True, weight_decay=0.1, clip_norm=2.0)
+
+
+def few():
+    rng = np.random.default_rng(1)
+    return {"mlp": {"kernel": rng.normal(size=(4, 6)).astype(np.float32), "bias": rng.normal(size=6).astype(np.float32)}}
+
+
+@functools.cache
+def run_modes(mode, name):
+    """The parameters after each of the 9 steps of 3 rounds."""
+    optim = settings(per_task=mode, **(ADAMW if name == "adamw" else SGD))
+    rates = jnp.linspace(0.3, 0.1, 9)
+    optimizer = make_optimizer(optim, lambda step: rates[step], TASKS)
+
+    @jax.jit
+    def update(noise, state, params):
+        grads = jax.tree.map(lambda p, g: g + jnp.sin(p), params, noise)  # hangs on the parameters, so that it matters where it is taken
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, seen = few(), []
+    state = jax.jit(optimizer.init)(params)
+    for step in range(9):
+        params, state = update(gradients(few(), step), state, params)
+        seen.append(jax.device_get(params))
+    return seen
+
+
+def numpy_modes(mode, name):
+    """The same in float64, array by array: which gradient, whose moments, when, with the rate of which step."""
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(few())]
+    mask = dict(zip(names, jax.tree.leaves(decay_mask(few(), "matrices")), strict=True))
+
+    def flat(tree):
+        return {key: np.float64(x) for key, x in zip(names, jax.tree.leaves(tree), strict=True)}
+
+    params, structure = flat(few()), jax.tree.structure(few())
+    owners = TASKS if mode in ("independent", "cumulative_ref") else 1
+    zeros = [{key: np.zeros_like(p) for key, p in params.items()} for _ in range(2 * owners)]
+    mean, square, made = zeros[:owners], zeros[owners:], [0] * owners
+    total, seen = None, []
+    for step, rate in enumerate(np.linspace(0.3, 0.1, 9)):
+        task = step % TASKS
+        gradient = {key: g + np.sin(params[key]) for key, g in flat(gradients(few(), step)).items()}
+        total = gradient if task == 0 else {key: total[key] + gradient[key] for key in names}
+        if mode == "accumulated" and task < TASKS - 1:
+            seen.append(jax.tree.unflatten(structure, list(params.values())))
+            continue
+        used = total if mode in ("cumulative_ref", "accumulated") else gradient
+        norm = np.sqrt(sum((g**2).sum() for g in used.values()))
+        assert norm > 2
+        mine = task % owners
+        made[mine] += 1
+        for key, p in params.items():
+            g, decay = used[key] * (2 / norm), mask[key] * p
+            if name == "sgd":
+                g = g + 0.1 * decay
+                mean[mine][key] = 0.9 * mean[mine][key] + g
+                params[key] = p - rate * (g + 0.9 * mean[mine][key])
+            else:
+                mean[mine][key] = 0.8 * mean[mine][key] + 0.2 * g
+                square[mine][key] = 0.95 * square[mine][key] + 0.05 * g**2
+                first, second = mean[mine][key] / (1 - 0.8 ** made[mine]), square[mine][key] / (1 - 0.95 ** made[mine])
+                params[key] = p - rate * (first / (np.sqrt(second) + 1e-3) + 0.2 * decay)
+        seen.append(jax.tree.unflatten(structure, list(params.values())))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("mode", MODES)
+def test_three_rounds_of_three_tasks(mode, name):
+    for actual, expected in zip(run_modes(mode, name), numpy_modes(mode, name), strict=True):
+        assert_trees_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_modes_differ_and_accumulated_moves_at_the_end_of_a_round_alone(name):
+    ends = [jax.tree.leaves(run_modes(mode, name)[-1])[0] for mode in MODES]
+    assert all(np.abs(a - b).max() > 1e-3 for i, a in enumerate(ends) for b in ends[:i])
+    jax.tree.map(np.testing.assert_array_equal, run_modes("accumulated", name)[4], run_modes("accumulated", name)[2])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_moments_are_as_many_as_the_tasks_and_frozen_parameters_have_none(name):
+    trainable, _ = split_frozen(parameters(), ("blocks/.*",))
+    size = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+
+    def stored(mode):
+        state = jax.eval_shape(make_optimizer(settings(per_task=mode, name=name), lambda step: 1.0, TASKS).init, trainable)
+        return sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.dtype == np.float32) / size  # without counters
+
+    moments = 2 if name == "adamw" else 1
+    assert [stored(mode) for mode in MODES] == [moments, TASKS * moments, TASKS * moments + 1, moments + 1]
+
+
+@pytest.mark.parametrize("mode", ["cumulative_ref", "accumulated"])
+def test_a_resume_within_a_round_is_bit_equal(mode, tmp_path):
+    optimizer = make_optimizer(settings(per_task=mode, **ADAMW), make_schedule(settings(), 20, 1.0), TASKS)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, noise):
+        params, opt_state = state
+        updates, opt_state = optimizer.update(jax.tree.map(lambda p, g: g + jnp.sin(p), params, noise), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    state = jax.jit(lambda params: (params, optimizer.init(params)))(few())
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        for step in range(7):
+            state = update(state, gradients(few(), step))
+            if step == 3:  # after the first step of the second round
+                checkpoints.save(4, state)
+        resumed = checkpoints.restore(abstract)
+    for step in range(4, 7):
+        resumed = update(resumed, gradients(few(), step))
+    assert jax.tree.structure(resumed) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, resumed, state)
+
+
+@pytest.mark.parametrize("mode", ["cumulative_ref", "accumulated"])
+def test_moments_are_split_like_their_parameters_and_the_result_is_that_of_one_device(mode):
+    rng = np.random.default_rng(0)
+    shapes = {"attn": {"qkv": {"kernel": (4, 12), "bias": (12,)}}, "heads": {"a": {"kernel": (4, 6)}}}
+    params = jax.tree.map(lambda shape: rng.normal(size=shape).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    tasks = 4  # an axis that two devices could split
+    optimizer = make_optimizer(settings(per_task=mode, **ADAMW), lambda step: 0.1, tasks)
+
+    def update(state, noise):
+        params, opt_state = state
+        updates, opt_state = optimizer.update(jax.tree.map(lambda p, g: g + jnp.sin(p), params, noise), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    one = jax.jit(lambda params: (params, optimizer.init(params)))(params)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    shardings = sharding.tree_sharding(one, mesh)
+    many = jax.device_put(one, shardings)
+    update_one, update_many = jax.jit(update), jax.jit(update, out_shardings=shardings, donate_argnums=0)
+    for step in range(6):
+        noise = gradients(params, step)
+        one, many = update_one(one, noise), update_many(many, noise)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(many), jax.device_get(one))
+
+    def parts(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): x.addressable_shards[0].data.shape for path, x in leaves if x.dtype == np.float32
+        }
+
+    own, states = parts(many[0]), parts(many[1])
+    assert own == {"attn/qkv/kernel": (2, 6), "attn/qkv/bias": (6,), "heads/a/kernel": (4, 6)}
+    assert sum("/per_task/" in path for path in states) == (6 if mode == "cumulative_ref" else 0)
+    for name, shape in own.items():
+        matched = [path for path in states if path.endswith("/" + name)]
+        assert len(matched) == 3  # the sum of the round, and two moments
+        for path in matched:
+            assert states[path] == ((tasks, *shape) if "/per_task/" in path else shape), path
+
+
+def test_an_accumulated_round_through_the_step_is_one_step_with_all_its_batches():
+    """PolyViT's accumulated schedule and IV-ViT's mode of that name meet: the sum of the tasks' gradients, one update, one move of the average."""
+    classes = {"a": 3, "b": 2}
+    params = {"embed": {"kernel": (48, 8)}, "heads": {name: {"kernel": (8, count)} for name, count in classes.items()}}
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda shape: draw.normal(size=shape).astype(np.float32), params, is_leaf=lambda x: isinstance(x, tuple))
+
+    def logits(params, pixels, key):
+        features = jnp.tanh(pixels.reshape(len(pixels), -1) / 1024 @ params["embed"]["kernel"])
+        return {name: features @ params["heads"][name]["kernel"] for name in classes}
+
+    def make(mode):
+        config = base_config()
+        config.optim.update(name="sgd", per_task=mode, ema=0.9, clip_norm=0.05, freeze=("embed/.*",))
+        for name in classes:
+            config.tasks[name] = task_config(loss_weight=0.5)
+        optimizer = make_optimizer(config.optim, lambda step: 0.1, len(classes))
+        return init_state(config, params, optimizer), jax.jit(make_train_step(config, SimpleNamespace(logits=logits), optimizer))
+
+    def batch(seed, task):
+        rng = np.random.default_rng(seed)
+        mask = np.arange(4) < 3
+        pixels = rng.integers(0, 256, (4, 1, 4, 4, 3), np.uint8)
+        return {"pixels": pixels, "label": np.arange(4, dtype=np.int32) % 2, "task": np.int32([task, task, task, 0]), "mask": mask}
+
+    state, train_step = make("accumulated")
+    whole, whole_step = make("shared")
+    frozen = state.frozen
+    for step in range(4):  # two rounds
+        before = state
+        state, _ = train_step(state, (batch(step, step % 2),))
+        if step % 2:
+            whole, _ = whole_step(whole, (batch(step - 1, 0), batch(step, 1)))
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), (state.params, state.ema), (whole.params, whole.ema))
+        else:
+            jax.tree.map(np.testing.assert_array_equal, (state.params, state.ema), (before.params, before.ema))
+    assert state.step == 4 and any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), state.params, state.ema)))
+    jax.tree.map(np.testing.assert_array_equal, state.frozen, frozen)
 
 
 def test_small_gradients_are_not_clipped_and_zero_means_off():

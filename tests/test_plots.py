@@ -66,6 +66,7 @@ def test_any_class_name_can_be_drawn(tmp_path):
         [{"step": 1, "train/loss": None}],
         [{"step": 1, "train/loss": 2.0, "train/a/loss": 2.0}],
         [{"step": 1, "train/lr": 0.1, "val/a/top1": 0.5}],
+        [{"step": 1, "val/a/top1": 0.5, "val/b/top1": 0.9, "val/b/map": 0.1}],
     ],
 )
 def test_short_logs_can_be_drawn(tmp_path, events):
@@ -84,3 +85,12 @@ def test_curves_of_each_task(tmp_path):
     drawn = [[(half == colour).all(axis=2).sum() for colour in (blue, orange)] for half in (picture[:600, :middle], picture[:600, middle:])]
     (loss_a, loss_b), (top1_a, top1_b) = drawn
     assert loss_a > 100 and loss_b > 100 and top1_a > 100 and top1_b == 0
+
+
+def test_curves_of_multilabel_tasks_are_their_map(tmp_path):
+    events = [{"step": s, "val/a/top1": 0.9, "val/a/map": 0.2} for s in (1, 2, 3)]
+    learning_curves_png(tmp_path / "map.png", events)
+    learning_curves_png(tmp_path / "other.png", [event | {"val/a/top1": 0.5} for event in events])
+    np.testing.assert_array_equal(pixels(tmp_path / "map.png"), pixels(tmp_path / "other.png"))
+    learning_curves_png(tmp_path / "other.png", [event | {"val/a/map": 0.5} for event in events])
+    assert (pixels(tmp_path / "map.png") != pixels(tmp_path / "other.png")).any()

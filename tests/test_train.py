@@ -303,7 +303,7 @@ def test_mistakes_of_all_kinds_are_listed_together(capsys, quiet, experiment, tm
         (["EXPERIMENT", "--config.optim.freeze=heads"], "error: optim.freeze: 'heads' matches no parameter"),
         (
             ["EXPERIMENT", "--config.total_steps=0", "--config.total_epochs=0.1"],
-            "error: total_epochs=0.1 is less than one step: one epoch has 4.00 steps of batch_size=6",
+            "error: total_epochs=0.1 is less than one step: one epoch has 4.00 steps of 6 examples",
         ),
     ],
 )
@@ -367,11 +367,11 @@ def test_runs_outside_the_main_thread_leave_signals_alone():
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, capsys):
-    with Log(tmp_path, 8, 10, 20) as log:
-        log.step({"loss": np.float32(2.5)}, 0.0)
-        log.step({"loss": np.float32(1.5)}, 0.0)
+    with Log(tmp_path, 10, 20) as log:
+        log.step({"loss": np.float32(2.5)}, 0.0, 8)
+        log.step({"loss": np.float32(1.5)}, 0.0, 8)
         log.take(12, 0.1)
-        log.step({"loss": np.float32(np.nan)}, 0.0)
+        log.step({"loss": np.float32(np.nan)}, 0.0, 8)
         with pytest.raises(UserError, match="the loss is nan by step 13"):
             log.take(13, 0.1)
     assert [(event["step"], event["train/loss"]) for event in metrics.read_events(tmp_path / "metrics.jsonl")] == [(12, 2.0), (13, None)]

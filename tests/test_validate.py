@@ -25,6 +25,12 @@ def config_with(**changes):
 def test_a_sound_config_has_no_problems():
     assert check(config_with()) == []
     assert check(config_with(total_steps=0, total_epochs=0.5, optim__warmup_epochs=2.0, schedule="round_robin", task_order=("stills", "clips"))) == []
+    assert check(config_with(model__embed="separate", model__tubelet=2, tasks__clips__frames=1)) == []  # one frame is an image
+    assert check(config_with(model__temporal_init="copied", init_from="runs/images")) == []
+    for schedule in ("round_robin", "alternating"):
+        assert check(config_with(schedule=schedule, optim__per_task="cumulative_ref", tasks__clips__batch_size=2)) == []
+    assert check(config_with(schedule="weighted", tasks__clips__steps=3, tasks__stills__steps=1)) == []
+    assert check(config_with(schedule="accumulated", batch_size=1, tasks__clips__batch_size=3, tasks__stills__batch_size=1)) == []
     assert check(config_with(tasks__clips__image_size=(24, 40), eval__views="3x3", model__class_token=False, model__pool="average")) == []
 
 
@@ -60,22 +66,61 @@ MISTAKES = {
     "total_steps=10 and total_epochs=2.0: give exactly one": dict(total_epochs=2.0),
     "task_order=('clips',) must name each task once: clips, stills": dict(task_order=("clips",)),
     "eval.views='3': write temporal x spatial": dict(eval__views="3"),
+    "tasks.stills.batch_size is for batches of one task": dict(tasks__stills__batch_size=4),
+    "tasks.clips.steps must be set, for stills has steps": dict(schedule="weighted", tasks__stills__steps=4),
+    "tasks.stills.steps must be set, for clips has steps": dict(schedule="task_by_task", tasks__clips__steps=4),
+    "total_steps=1 is below the number of tasks, 2": dict(schedule="weighted", total_steps=1),
+    "batch_size=1 is below the number of tasks, 2": dict(schedule="accumulated", batch_size=1),
+    "optim.per_task='own' is unknown: choose one of shared, independent, cumulative_ref, accumulated": dict(
+        optim__per_task="own", schedule="round_robin"
+    ),
+    "optim.per_task=independent is for tasks that take turns": dict(optim__per_task="independent"),
+    "optim.per_task=accumulated is for tasks that take turns": dict(optim__per_task="accumulated", schedule="accumulated"),
+    "tasks.clips: steps=-1 must be at least 0": dict(tasks__clips__steps=-1),
+    "tasks.clips: batch_size=-1 must be at least 0": dict(tasks__clips__batch_size=-1, schedule="uniform"),
     "model.variant='X/8' is unknown: write one of Ti, S, B, L, H": dict(model__variant="X/8"),
     "model.variant='B/x' is unknown": dict(model__variant="B/x"),
     "model.heads=5 does not divide the width 192": dict(model__heads=5),
     "model.pool=class_token needs model.class_token=True": dict(model__class_token=False),
     "model.token_shift.tokens=class needs a class token": dict(model__class_token=False, model__pool="average", model__mixer="token_shift"),
+    "model.motion.block=0 must be above 0": dict(model__motion__block=0),
+    "model.motion.order='space' is unknown": dict(model__motion__order="space"),
+    "model.class_attention.blocks=0 must be above 0": dict(model__class_attention__blocks=0),
+    "model.class_attention.keys='class' is unknown": dict(model__class_attention__keys="class"),
+    "model.temporal_encoder.depth=0 must be above 0": dict(model__temporal_encoder__depth=0),
+    "model.mixer_blocks has [3, 1.5], but the 3 blocks are numbered from 0 to 2": dict(model__depth=3, model__mixer_blocks=(1, 3, 1.5, -1)),
+    "model.am_flow.bottleneck=0 must be above 0": dict(model__am_flow__bottleneck=0),
+    "model.am_flow.tpu_heads=0 must be above 0": dict(model__mixer="am_flow", model__am_flow__tpu_heads=0),
+    "model.am_flow.flow='camera' is unknown": dict(model__am_flow__flow="camera"),
+    "model.am_flow.encoder_heads=7 does not divide model.am_flow.encoder_width=684": dict(
+        model__mixer="am_flow", model__am_flow__flow="aligned", model__am_flow__encoder_heads=7
+    ),
+    "model.am_flow.tpu_heads=12 does not divide model.am_flow.bottleneck=100": dict(model__mixer="am_flow", model__am_flow__bottleneck=100),
+    "model.am_flow.adapter=compacter needs a width and a bottleneck that 4 divides, not 192 and 198": dict(
+        model__mixer="am_flow", model__am_flow__adapter="compacter", model__am_flow__bottleneck=198, model__am_flow__tpu="lstm"
+    ),
+    "tasks.clips: model.am_flow.encoder_input=tokens is for inputs of model.image_size alone, not 24 x 32": dict(
+        model__mixer="am_flow", model__am_flow__flow="aligned", model__am_flow__encoder_input="tokens", tasks__clips__image_size=(24, 32)
+    ),
     "model.token_shift.fraction=0.6 must be": dict(model__token_shift__fraction=0.6),
     "model.drop_path=1.0 and": dict(model__drop_path=1.0),
+    "model.embed='own' is unknown: choose one of shared, separate": dict(model__embed="own"),
+    "model.tubelet_init='first' is unknown": dict(model__tubelet_init="first"),
+    "model.tubelet=0 must be above 0": dict(model__tubelet=0),
+    "model.tubelet=2 is for videos alone: set model.embed=separate": dict(model__tubelet=2),
+    "model.frames=8 cannot be cut into tubelets of 3": dict(model__tubelet=3, model__embed="separate", tasks__clips__frames=6),
+    "tasks.clips: frames=9 cannot be cut into tubelets of 2": dict(model__tubelet=2, model__embed="separate", tasks__clips__frames=9),
+    "model.temporal_init=copied copies the attention of an earlier run: set init_from": dict(model__temporal_init="copied"),
     "model.mean=(0.5, 0.5) and": dict(model__mean=(0.5, 0.5)),
     "model.mean=(0.5, 0.5, 0.5) and model.std=(0.5, 0.0, 0.5) must": dict(model__std=(0.5, 0.0, 0.5)),
     "optim.betas=('a', 'b') must be a tuple of numbers": dict(optim__betas=("a", "b")),
     "optim.freeze=(1,) must be a tuple of texts": dict(optim__freeze=(1,)),
     "tasks.clips.area=('0', 1) must be a tuple of numbers": dict(tasks__clips__area=("0", 1)),
-    "tasks.clips: source='list' is unknown: choose one of csv, folder, tfds, demo": dict(tasks__clips__source="list"),
+    "tasks.clips: source='list' is unknown: choose one of csv, folder, smarthome, tfds, demo": dict(tasks__clips__source="list"),
     "tasks.clips: media='audio' is unknown": dict(tasks__clips__media="audio"),
     "tasks.clips: sampler='dense' is unknown": dict(tasks__clips__sampler="dense"),
     "tasks.clips: crop='centre' is unknown": dict(tasks__clips__crop="centre"),
+    "tasks.stills: multilabel=True with source=folder": dict(tasks__stills__multilabel=True),
     "tasks.clips: train is empty": dict(tasks__clips__train=""),
     "tasks.clips: sample_weight=0.0 must be above 0": dict(tasks__clips__sample_weight=0.0),
     "tasks.clips: loss_weight=-1.0 must be at least 0": dict(tasks__clips__loss_weight=-1.0),

@@ -84,13 +84,13 @@ def _inner_jaxprs(params: dict) -> list:
     return [jaxpr for jaxpr in jaxprs if hasattr(jaxpr, "eqns")]
 
 
-def median_seconds(function: Callable, repeats: int = 5) -> float:
-    """Median duration of `function()` after one call that warms up; waits for the device each time."""
-    jax.block_until_ready(function())
+def median_seconds(function: Callable, *args, repeats: int = 5) -> float:
+    """Median duration of `function(*args)` after one call that warms up; waits for the device each time."""
+    jax.block_until_ready(function(*args))
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        jax.block_until_ready(function())
+        jax.block_until_ready(function(*args))
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 
@@ -119,30 +119,35 @@ def measure_model(config) -> dict:
 
 
 def measure_step(setup: Setup) -> dict:
-    """The training step on the batches of the first steps, already decoded and on the devices; forward passes likewise."""
-    rounds = len(setup.mixture.streams) if len(setup.mixture.plan(0)) == 1 else 1  # a round robin's steps differ: time one whole round
-    tuples = [tuple(sharding.put_batch(batch, setup.mesh) for batch in setup.mixture.step(i)) for i in range(rounds)]
+    """The training step on decoded batches that are on the devices already, and forward passes likewise; of steps that differ in their tasks one of
+    each kind, which counts by its share of the run.
+    """
+    kinds = setup.mixture.kinds()
+    tuples = [tuple(sharding.put_batch(batch, setup.mesh) for batch in setup.mixture.step(i)) for i in kinds]
     state, model = initial_state(setup), setup.model
     params = state.eval_params
-    step_macs = sum(macs(model.logits, params, batch["pixels"]) for batches in tuples for batch in batches) / rounds
 
+    def mean(values) -> float:
+        return sum(share * value for share, value in zip(kinds.values(), values, strict=True))
+
+    step_macs = mean(sum(macs(model.logits, params, batch["pixels"]) for batch in batches) for batches in tuples)
     forward = jax.jit(model.logits)
-    forward_seconds = median_seconds(lambda: [forward(params, batch["pixels"]) for batches in tuples for batch in batches]) / rounds
+    forward_seconds = mean(median_seconds(lambda batches: [forward(params, batch["pixels"]) for batch in batches], batches) for batches in tuples)
 
     began = time.perf_counter()
     compiled = [setup.train_step.lower(state, batches).compile() for batches in tuples]
     compile_seconds = time.perf_counter() - began
 
-    def update():
+    def update(step, batches):
         nonlocal state
-        for step, batches in zip(compiled, tuples, strict=True):
-            state, values = step(state, batches)
+        state, values = step(state, batches)
         return values
 
-    train_seconds = median_seconds(update) / rounds
-    examples, memory = setup.config.batch_size, compiled[0].memory_analysis()
+    train_seconds = mean(median_seconds(update, step, batches) for step, batches in zip(compiled, tuples, strict=True))
+    examples, memory = mean(setup.mixture.examples(i) for i in kinds), [step.memory_analysis() for step in compiled]
     peak = matmul_peak(setup.model.spec.dtype) * jax.device_count()
     stats = jax.local_devices()[0].memory_stats() or {}
+    needs = max(m.temp_size_in_bytes + m.argument_size_in_bytes for m in memory) if all(memory) else None
     return {
         "train_clips_per_s": examples / train_seconds,
         "forward_clips_per_s": examples / forward_seconds,
@@ -150,7 +155,7 @@ def measure_step(setup: Setup) -> dict:
         "train_flops_per_s": 6 * step_macs / train_seconds,
         "matmul_peak_flops_per_s": peak,
         "mfu": 6 * step_macs / train_seconds / peak,
-        "peak_bytes": stats.get("peak_bytes_in_use") or (memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else None),
+        "peak_bytes": stats.get("peak_bytes_in_use") or needs,
         "compile_s": compile_seconds,
     }
 
@@ -199,12 +204,15 @@ def measure_data(setup: Setup, steps: int = 20) -> dict:
     began = time.perf_counter()
     for _ in range(steps):
         next(batches)
-    alone = steps * setup.config.batch_size / (time.perf_counter() - began)
+    alone = sum(setup.mixture.examples(3 + i) for i in range(steps)) / (time.perf_counter() - began)
     batches.close()
 
-    state, batches, waited, previous = initial_state(setup), setup.mixture.iterate(0), 0.0, None
+    state = initial_state(setup)
+    for i in setup.mixture.kinds():  # compiles
+        state, _ = setup.train_step(state, tuple(sharding.put_batch(batch, setup.mesh) for batch in setup.mixture.step(i)))
+    batches, waited, previous = setup.mixture.iterate(0), 0.0, None
     for i in range(steps + 5):
-        if i == 5:  # compiled and warm
+        if i == 5:  # warm
             jax.block_until_ready(previous)
             began, waited = time.perf_counter(), 0.0
         start = time.perf_counter()

@@ -17,7 +17,7 @@ from statistics import median
 import numpy as np
 from tqdm import tqdm
 
-from vidjoint.data.lists import EXTENSIONS, has_extension, locate, read_list
+from vidjoint.data.lists import EXTENSIONS, has_extension, locate, read_list, split_labels
 from vidjoint.data.sources import ZipRecords, list_folder
 from vidjoint.data.transforms import Geometry
 from vidjoint.data.video import DecodeError, Video, read_image
@@ -49,14 +49,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("data", nargs="+", help=f"a list of files ({known}), a folder, a zip, or a video or image file")
     parser.add_argument("--root", help="folder that the paths in lists start from (default: each list's own folder)")
     parser.add_argument("--media", choices=sorted(EXTENSIONS), help="what the files are (default: told by their extensions)")
+    parser.add_argument("--multilabel", action="store_true", help="files in lists have any number of labels: `path,label|label`, or several lines")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="files decoded at a time (default: %(default)s, one per core)")
     parser.add_argument("--json", help="file that the report is written to, as one JSON object")
     args = parser.parse_args(argv)
     if args.threads < 1:
         raise UserError("--threads must be at least 1")
     start = time.perf_counter()
-    items, bad, ignored = collect(args.data, args.root, args.media)
-    report = {"files": len(items) + len(bad), **check(items, bad, args.media, args.threads), "ignored": ignored}
+    items, bad, ignored = collect(args.data, args.root, args.media, args.multilabel)
+    report = {"files": len(items) + len(bad), **check(items, bad, args.media, args.threads, args.multilabel), "ignored": ignored}
     report["seconds"] = round(time.perf_counter() - start, 3)
     if args.json:
         write_json(args.json, report)
@@ -64,8 +65,8 @@ def main(argv: list[str]) -> int:
     return 1 if report["bad"] else 0
 
 
-def collect(data: list[str], root: str | None, media: str | None) -> tuple[list[Item], list[dict], int]:
-    """Finds the files that the arguments name.
+def collect(data: list[str], root: str | None, media: str | None, multilabel: bool = False) -> tuple[list[Item], list[dict], int]:
+    """Finds the files that the arguments name. In `multilabel` lists a file may have any number of labels, in one line or in several.
 
     Returns:
       The files that are there, each once; {"path", "error"} for each that is not; and how many files in folders are of no known kind.
@@ -78,7 +79,7 @@ def collect(data: list[str], root: str | None, media: str | None) -> tuple[list[
     def add(name, content, place="", label=""):
         item = items.setdefault(name, Item(name, content))
         item.places += [place] * bool(place)
-        item.labels += [label] * bool(label)
+        item.labels += split_labels(label) if multilabel else [label] * bool(label)
 
     for argument in data:
         path = Path(argument).expanduser()
@@ -104,7 +105,7 @@ def collect(data: list[str], root: str | None, media: str | None) -> tuple[list[
                     place = f"{path} line {line}"
                     if not there:
                         bad.append({"path": key, "error": f"missing ({place})"})
-                    elif labelled and not label:
+                    elif labelled and not label and not multilabel:
                         bad.append({"path": there, "error": f"no label ({place})"})
                     else:
                         add(there, there, place, label)
@@ -117,7 +118,7 @@ def collect(data: list[str], root: str | None, media: str | None) -> tuple[list[
     return list(items.values()), bad, ignored
 
 
-def check(items: list[Item], bad: list[dict], media: str | None, threads: int) -> dict:
+def check(items: list[Item], bad: list[dict], media: str | None, threads: int, multilabel: bool = False) -> dict:
     """Decodes all files, on `threads` threads (decoding releases the GIL), and sums up what was found."""
     facts, bad = [], list(bad)
     labels, repeated = Counter(), []
@@ -134,14 +135,14 @@ def check(items: list[Item], bad: list[dict], media: str | None, threads: int) -
             chunk = items[start : start + CHUNK]
             for item, outcome in zip(chunk, pool.map(attempt, chunk), strict=True):
                 progress.update()
-                labels.update(item.labels)
-                if len(item.places) > 1:
+                labels.update(set(item.labels) if multilabel else item.labels)
+                if len(item.places) > 1 and not multilabel:
                     repeated.append({"path": item.name, "places": item.places})
                 if isinstance(outcome, str):
                     bad.append({"path": item.name, "error": outcome})
                     continue
                 facts.append(outcome)
-                if len(set(item.labels)) > 1:
+                if len(set(item.labels)) > 1 and not multilabel:
                     bad.append({"path": item.name, "error": f"listed with labels {', '.join(sorted(set(item.labels)))} ({', '.join(item.places)})"})
 
     columns = defaultdict(list)

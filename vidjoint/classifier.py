@@ -15,7 +15,7 @@ from vidjoint.data.workers import cores
 from vidjoint.errors import UserError
 from vidjoint.models.build import build
 from vidjoint.run_folder import RunFolder
-from vidjoint.step import make_eval_step
+from vidjoint.step import make_eval_step, multilabel_tasks, probabilities
 
 MAX_BATCH_BYTES = 2**28  # uint8 pixels that go to the device at a time: bounds its memory and ours where clips are large
 
@@ -34,7 +34,7 @@ class Classifier:
         """Opens the folder of a training run.
 
         Args:
-          step: which checkpoint, a number or "best" (by mean validation top-1); None is the newest.
+          step: which checkpoint, a number or "best" (by mean validation top-1, or mAP for multilabel tasks); None is the newest.
           batch_size: examples that go to the device at a time; None is the run's `eval.batch_size`.
 
         Raises:
@@ -48,14 +48,14 @@ class Classifier:
         self.model = build(self.config.model, {task: len(names) for task, names in self.labels.items()})
         self.step, parts = load_params(run.path, step)
         self.params = jax.device_put(optim.join(parts["ema"] or parts["params"], parts["frozen"]))
-        average = self.config.eval.average
-        eval_step = make_eval_step(self.model, average)
+        average, multilabel = self.config.eval.average, multilabel_tasks(self.config)
+        eval_step = make_eval_step(self.model, average, multilabel)
 
-        def probabilities(params: dict, pixels: jax.Array, task: str) -> jax.Array:
+        def averaged(params: dict, pixels: jax.Array, task: str) -> jax.Array:
             scores = eval_step(params, pixels, task)
-            return jax.nn.softmax(scores) if average == "logits" else scores
+            return probabilities(scores, task in multilabel) if average == "logits" else scores
 
-        self._probabilities = jax.jit(probabilities, static_argnums=2)
+        self._probabilities = jax.jit(averaged, static_argnums=2)
         self._logits = jax.jit(lambda params, pixels, task: self.model.logits(params, pixels)[task], static_argnums=2)
         self._features = jax.jit(self.model.features)
 
@@ -72,6 +72,7 @@ class Classifier:
 
         Returns:
           One dict per file: {"path", "task", "labels": [..], "scores": [..]}, best label first and scores in 0..1, or {"path", "error"}.
+          The scores of all classes add up to 1; those of a multilabel task do not, for each is the probability that its own label holds.
         """
         paths = [paths] if isinstance(paths, str | Path) else paths
         return list(self.iter_predict((Window(str(path)) for path in paths), task, topk))

@@ -4,12 +4,15 @@ An experiment (`configs/*.py`) starts from `base_config()`, changes a few keys a
 error, in a file as on the command line (`--config.optim.lr=1e-3`). A dataset is an entry of `tasks`, made by `task_config()`.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import json
+import os
 import re
+import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from absl import flags
@@ -27,7 +30,7 @@ def base_config() -> ConfigDict:
     # The run
     c.seed = 0  # decides initial parameters, order of examples, clips and augmentation
     c.total_steps = 0  # length in updates; give this or total_epochs
-    c.total_epochs = 0.0  # length in passes over the union of the training sets (sum of size x sample_weight examples)
+    c.total_epochs = 0.0  # length in epochs: one is as many examples, of whichever set, as the union has (sum of size x sample_weight)
     c.eval_every = 0  # steps between evaluations on the validation splits; 0: only at the end
     c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
     c.keep_checkpoints = 2  # how many of the newest checkpoints stay; the best one stays besides
@@ -36,10 +39,11 @@ def base_config() -> ConfigDict:
 
     # Data
     c.data_root = ""  # folder that every relative path of a task starts from; "": the current folder
-    c.batch_size = 64  # examples per step, over all batches of the step and all devices
+    c.batch_size = 64  # examples per step, over all batches of the step and all devices; tasks may have their own (tasks.NAME.batch_size)
     # mixed: tasks side by side in every batch, in proportion to size (CoVeR). All others are PolyViT's, whose batches are of one task each:
-    # round_robin (or alternating): in turn (IV-ViT); task_by_task: all steps of one, then of the next; uniform: drawn evenly; weighted: drawn in
-    # proportion to their steps, with exact counts; accumulated: one batch of each per step, gradients summed
+    # round_robin (or alternating): in turn (IV-ViT); task_by_task: all steps of one, then of the next; uniform: each step's task is drawn evenly;
+    # weighted: each task has its exact number of steps (tasks.NAME.steps), in a drawn order; accumulated: one batch of each in every step, gradients
+    # summed (with loss.reduction=per_task)
     c.schedule = "mixed"
     c.task_order = ()  # order of the tasks in round_robin and task_by_task; (): alphabetical
     c.tasks = ConfigDict()  # name -> task_config(...)
@@ -62,15 +66,17 @@ def base_config() -> ConfigDict:
     m.frames = 8  # frames per clip (images have one); any number works at run time, tables are resized
     m.image_size = 224  # side of the square input in pixels; a task may differ
     m.embed = "shared"  # shared: images and frames have one patch embedding; separate: videos have a projection and a position table of their own
-    m.tubelet = 1  # frames per token of a video, 1: patches of one frame; above 1 (ViViT, PolyViT) needs embed=separate
+    m.tubelet = 1  # frames per token of a video, 1: patches of one frame; above 1 (ViViT, PolyViT) needs embed=separate, and must divide the frames
     m.tubelet_init = "central_frame"  # how the video projection starts from that of images: central_frame (zero but for the middle frame) or average
     m.mixer = "none"  # how frames talk: none, divided, joint, token_shift, motion, am_flow
     m.mixer_blocks = ()  # numbers, from 0, of the blocks in which frames talk; (): all. MEViT is top-heavy: (4, 5, .., 10)
-    m.temporal_init = "zero"  # zero: time table and temporal branch start as the identity, for pretrained models; random: for training from scratch
+    # zero: time table and temporal branch start as the identity, for pretrained models; copied: the table is zero, the branch copies the spatial
+    # attention that init_from brings and acts at once (ViViT); random: for training from scratch
+    m.temporal_init = "zero"
     # class_token: mean of the frames' class tokens (late fusion); average: mean of all patches; frame_mean: mean over frames before the last norm,
     # then the class token (TimeSformer space-only); last_frame: that frame's class token (AM Flow); class_attention: MEViT; temporal_encoder: ViViT
     m.pool = "class_token"
-    m.class_token = True  # False: no class token in the blocks; pool must be average or class_attention
+    m.class_token = True  # False: no class token in the blocks; pool must be average, class_attention or temporal_encoder
     m.dtype = "bfloat16"  # compute type; parameters, softmax and losses stay float32. On a CPU float32 is faster
     m.remat = "none"  # none, or block: recompute each block in the backward pass (less memory, a third more compute)
     m.drop_path = 0.0  # stochastic depth: share of dropped residuals in the last block, rising linearly from 0
@@ -97,6 +103,7 @@ def base_config() -> ConfigDict:
     f = m.am_flow = ConfigDict()  # mixer am_flow: adapters with attention-map flow and temporal processing units (TPUs), usually with optim.freeze
     f.adapter = "parallel"  # parallel (scaled), serial, hyperformer (parallel, weights made by one shared net) or compacter (parallel, low-rank sums)
     f.bottleneck = 684  # r: width of the adapters' bottleneck; 684 gives the paper's number of parameters
+    f.hyper_width = 16  # hyperformer: width of its embeddings and of the shared net; below 24 it has fewer parameters than parallel adapters
     f.flow = "vanilla"  # none; vanilla: still camera (eqs. 2-3); aligned: moving camera, with an aligning encoder (eqs. 4-5). In model.mixer_blocks
     f.flow_heads = "mean"  # mean: attention maps are averaged over heads, one number per token; each: one per head
     f.flow_last = "zeros"  # flow of the last frame, which has no next one: zeros or repeat
@@ -119,7 +126,7 @@ def base_config() -> ConfigDict:
     # Loss
     c.loss = ConfigDict()
     c.loss.reduction = "per_task"  # per_task: sum of loss_weight x mean over the task's examples (CoVeR); per_example: weighted mean over all
-    c.loss.label_smoothing = 0.0
+    c.loss.label_smoothing = 0.0  # multilabel tasks have none: it shares a label out among classes that exclude each other
     c.loss.mixup = 0.0  # alpha of Beta(alpha, alpha) for mixup; 0: off. Partners are of the same task
     c.loss.cutmix = 0.0  # alpha for CutMix; with both on, each batch takes one of the two at random
 
@@ -141,15 +148,16 @@ def base_config() -> ConfigDict:
     o.decay = "matrices"  # matrices: no decay on biases, norms, tokens and tables; all: everything (TimeSformer's code)
     o.clip_norm = 0.0  # global gradient norm is clipped to this; 0: off
     o.ema = 0.0  # decay of the exponential moving average of the parameters, used for evaluation; 0: off
-    # round_robin only. shared: one optimiser; independent: moments of its own for each task; cumulative_ref: likewise, and each step takes the sum of
-    # the round's gradients so far (IV-ViT's code); accumulated: one update per round, with the sum of its gradients
+    # round_robin only, where a step for each task is a round. shared: one optimiser; independent: moments of its own for each task, so so many times
+    # their memory; cumulative_ref: likewise, and each step takes the sum of the round's gradients so far (IV-ViT's code); accumulated: one update per
+    # round, with the sum of its gradients (those of a round that total_steps cuts off are not used). Rates are always per step
     o.per_task = "shared"
     o.freeze = ()  # regular expressions on parameter paths ("blocks/.*"): these are neither trained nor differentiated
 
     # Evaluation
     c.eval = ConfigDict()
     c.eval.views = "1x1"  # temporal x spatial views whose predictions are averaged, in the last evaluation
-    c.eval.average = "softmax"  # what is averaged over views: softmax or logits
+    c.eval.average = "softmax"  # what is averaged over views: softmax (multilabel tasks: sigmoid) or logits
     c.eval.reversed = True  # also evaluate videos with their frames reversed in the last evaluation (CoVeR Table 2)
     c.eval.batch_size = 0  # examples per evaluation step; 0: batch_size
 
@@ -171,20 +179,21 @@ def task_config(**changes) -> ConfigDict:
       KeyError, TypeError: a change names an unknown key or has the wrong type.
     """
     t = ConfigDict()
-    t.source = "csv"  # csv, folder, tfds or demo: see vidjoint/data/sources.py for the layouts
+    t.source = "csv"  # csv, folder, smarthome, tfds or demo: see vidjoint/data/sources.py for the layouts
     t.media = "video"  # video or image (a video of one frame)
-    t.train = ""  # list file(s, comma-separated), folder, zip, or TFDS name:split, relative to data_root
+    t.train = ""  # list file(s, comma-separated), folder, zip, or TFDS name:split (Smarthome: protocol:part), relative to data_root
     t.val = ""  # likewise; "": no evaluation, or what `fold` holds out
     t.fold = ""  # "k/n" (k from 1): hold out the k-th of n parts of `train` (stratified by class) in place of `val`
     t.root = ""  # folder that the paths in a list start from, relative to data_root; "": the list's own folder
-    t.labels = ""  # file with one class name per line (or the dataset's own label file), relative to data_root; "": read off the data
+    # file with one class name per line, or the dataset's own label file (mini-Kinetics: Kinetics' lists), relative to data_root; "": from the data
+    t.labels = ""
     t.classes = 0  # number of classes; 0: as many as the labels
     t.multilabel = False  # True: an example has any number of labels (in a list: `path,label|label`); sigmoid per class, mean average precision
 
     t.loss_weight = 1.0  # w of CoVeR's weighted loss
     t.sample_weight = 1.0  # the set counts as so many copies of itself when tasks are drawn in proportion to size
-    t.steps = 0  # task_by_task, weighted: share of total_steps is in proportion to this (PolyViT's U, steps alone); 0: to size x sample_weight
-    t.batch_size = 0  # examples per batch of this task where batches are of one task; 0: config.batch_size
+    t.steps = 0  # task_by_task, weighted: share of total_steps is in proportion to this (PolyViT's U, steps alone); 0 in all: to size x sample_weight
+    t.batch_size = 0  # examples per batch of this task, if not mixed; 0: config.batch_size, of which accumulated gives each task an even share
 
     t.frames = 0  # frames per clip; 0: model.frames. An image has one
     t.image_size = (0, 0)  # height, width in pixels; (0, 0): model.image_size squared
@@ -205,6 +214,21 @@ def task_config(**changes) -> ConfigDict:
         raise KeyError(", ".join(f"a task has no key {key!r}{_nearest(key, t)}" for key in unknown))
     t.update(changes)
     return t
+
+
+def choose(argument: str, *groups: tuple[str, ...]) -> tuple[str, ...]:
+    """Reads an experiment's argument, comma-separated words as in `high_res,k600`: of each group of alternatives one, by default the first.
+
+    Raises:
+      UserError: a word of no group, or two of one.
+    """
+    words = [word for word in argument.split(",") if word]
+    chosen = [[word for word in words if word in group] or [group[0]] for group in groups]
+    wrong = [word for word in words if not any(word in group for group in groups)] + [" and ".join(c) for c in chosen if len(c) > 1]
+    if wrong:
+        known = "; ".join(" | ".join(filter(None, group)) for group in groups)
+        raise UserError(f"config argument {', '.join(wrong)}: choose from {known}, comma-separated")
+    return tuple(c[0] for c in chosen)
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, str]:
@@ -281,10 +305,11 @@ def _load_file(file: Path, arguments: list[str]) -> ConfigDict:
         raise UserError(f"--config={file}: an experiment is a Python file (NAME.py) with a function get_config")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"{file} has no function get_config")
-        config = module.get_config(*arguments)
+        with _neighbours(Path(os.path.abspath(file)).parent):
+            spec.loader.exec_module(module)
+            if not hasattr(module, "get_config"):
+                raise UserError(f"{file} has no function get_config")
+            config = module.get_config(*arguments)
     except UserError:
         raise
     except Exception as error:
@@ -309,6 +334,26 @@ def _load_file(file: Path, arguments: list[str]) -> ConfigDict:
         raise UserError(*problems)
     config.tasks.lock()
     return config.lock()
+
+
+@contextlib.contextmanager
+def _neighbours(folder: Path) -> Iterator[None]:
+    """While it is open, `from FOLDER import ...` finds the files of this folder, from any current folder and whatever bears the folder's name."""
+
+    def forget() -> dict:
+        ours = __name__.partition(".")[0]
+        names = [name for name in sys.modules if name.partition(".")[0] == folder.name != ours]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before, path = forget(), sys.path[:]
+    sys.path.insert(0, str(folder.parent))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        forget()
+        sys.modules.update(before)
 
 
 def _override(config: ConfigDict, change: str) -> list[str]:

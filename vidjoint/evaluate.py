@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -24,7 +25,9 @@ from vidjoint.classifier import Classifier, parse_step
 from vidjoint.data.mixture import Task, evaluation_batches, open_tasks
 from vidjoint.errors import UserError, command
 from vidjoint.models.build import Model
-from vidjoint.step import make_eval_step
+from vidjoint.step import make_eval_step, multilabel_tasks
+
+SHARES = ("map", "top1", "top5")  # what begins the names of results that are shares
 
 log = logging.getLogger(__name__)
 
@@ -34,19 +37,51 @@ class TaskResult:
     """Scores of one validation split; n examples, those that can be decoded."""
 
     labels: tuple[str, ...]
-    label: np.ndarray  # int32[n]
+    label: np.ndarray  # int32[n], or int32[n, K] filled up by -1 where examples have any number of labels
     scores: np.ndarray  # float32[n, C], mean over the views
     reversed_scores: np.ndarray | None  # the same with frames last to first; None for images or if not asked for
     undecodable: int = 0  # files that are left out
 
+    @property
+    def multilabel(self) -> bool:
+        return self.label.ndim == 2
+
+    @cached_property
+    def positive(self) -> np.ndarray:
+        """Of a multilabel task: bool[n, C]."""
+        return metrics.positives(self.label, len(self.labels))
+
+    @cached_property
+    def average_precision(self) -> np.ndarray:
+        """Of a multilabel task: float64[C], NaN for a class without examples."""
+        return metrics.average_precision(self.scores, self.positive)
+
     def summary(self) -> dict:
-        """The task's entry in `results.json`; shares in 0..1."""
-        n = len(self.label)
-        top = {k: float(metrics.topk_correct(self.scores, self.label, k).mean()) if n else None for k in (1, 5)}
-        result = {"n": n, "classes": len(self.labels), "top1": top[1], "top5": top[5]}
+        """The task's entry in `results.json`; shares in 0..1.
+
+        Of a multilabel task, `map` is the mean of the average precisions of the classes that have examples. Its `top1` and `top5` tell how often one
+        of an example's labels is among the model's best; an example without labels takes no part in them, though it counts in n and in `map`.
+        """
+        result = {"n": len(self.label), "classes": len(self.labels)}
+        if self.multilabel:
+            result["map"] = _mean(self.average_precision[self.positive.any(axis=0)])
+        result |= {"top1": self._top(self.scores, 1), "top5": self._top(self.scores, 5)}
         if self.reversed_scores is not None:
-            result["top1_reversed"] = float(metrics.topk_correct(self.reversed_scores, self.label, 1).mean()) if n else None
+            if self.multilabel:
+                precision = metrics.average_precision(self.reversed_scores, self.positive)
+                result["map_reversed"] = _mean(precision[self.positive.any(axis=0)])
+            result["top1_reversed"] = self._top(self.reversed_scores, 1)
         return result | ({"undecodable": self.undecodable} if self.undecodable else {})
+
+    def _top(self, scores: np.ndarray, k: int) -> float | None:
+        if not self.multilabel:
+            return _mean(metrics.topk_correct(scores, self.label, k))
+        some = self.positive.any(axis=1)
+        return _mean(metrics.topk_correct(scores[some], metrics.best_label(scores[some], self.positive[some]), k))
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 class Evaluator:
@@ -55,7 +90,7 @@ class Evaluator:
     def __init__(self, config: ConfigDict, model: Model, tasks: dict[str, Task], mesh):
         self.config, self.mesh = config, mesh
         self.tasks = {name: task for name, task in tasks.items() if task.val is not None}
-        self._step = jax.jit(make_eval_step(model, config.eval.average), static_argnums=(2, 3))
+        self._step = jax.jit(make_eval_step(model, config.eval.average, multilabel_tasks(config)), static_argnums=(2, 3))
         self._named = set()  # files that have been reported
         devices = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = math.ceil((config.eval.batch_size or config.batch_size) / devices) * devices
@@ -93,30 +128,39 @@ def as_json(results: dict[str, TaskResult], step: int) -> dict:
 
 def as_events(results: dict[str, TaskResult]) -> dict[str, float]:
     """The same as keys of a log event: val/NAME/top1 and so on."""
-    return {f"val/{name}/{key}": value for name, result in results.items() for key, value in result.summary().items() if key.startswith("top")}
+    summaries = {name: result.summary() for name, result in results.items()}
+    return {f"val/{name}/{key}": value for name, summary in summaries.items() for key, value in summary.items() if key.startswith(SHARES)}
 
 
-def mean_top1(results: dict[str, TaskResult]) -> float | None:
-    """Mean top-1 over the tasks, by which the best checkpoint is chosen; None without tasks."""
-    top1 = [result.summary()["top1"] for result in results.values()]
-    return float(np.mean(top1)) if top1 and None not in top1 else None
+def mean_score(results: dict[str, TaskResult]) -> float | None:
+    """Mean over the tasks of top-1 (multilabel tasks: mAP), by which the best checkpoint is chosen; None without tasks."""
+    summaries = [result.summary() for result in results.values()]
+    scores = [summary.get("map", summary["top1"]) for summary in summaries]
+    return float(np.mean(scores)) if scores and None not in scores else None
 
 
 def table(content: dict) -> str:
-    """`results.json` for people: one line per task, beside the accuracy of guessing."""
-    lines = [f"{'task':<20} {'examples':>8} {'classes':>8} {'chance':>8} {'top-1':>8} {'top-5':>8} {'reversed':>9}"]
-    for name, task in content["tasks"].items():
-        shares = [1 / task["classes"], task["top1"], task["top5"], task.get("top1_reversed")]
+    """`results.json` for people: one line per task, beside the accuracy of guessing; the mAP of multilabel tasks, if there are any, comes last."""
+    tasks = content["tasks"]
+    titles = ["chance", "top-1", "top-5", "reversed"] + ["mAP", "mAP rev."] * any("map" in task for task in tasks.values())
+    lines = [f"{'task':<20} {'examples':>8} {'classes':>8}" + "".join(f" {title:>{max(8, len(title) + 1)}}" for title in titles)]
+    for name, task in tasks.items():
+        chance = None if "map" in task else 1 / task["classes"]
+        shares = [chance, task["top1"], task["top5"], task.get("top1_reversed"), task.get("map"), task.get("map_reversed")]
         cells = [f"{100 * share:.1f} %" if share is not None else "-" for share in shares]
-        lines.append(f"{name:<20} {task['n']:>8} {task['classes']:>8} {cells[0]:>8} {cells[1]:>8} {cells[2]:>8} {cells[3]:>9}")
+        row = (f" {cell:>{max(8, len(title) + 1)}}" for title, cell in zip(titles, cells, strict=False))
+        lines.append(f"{name:<20} {task['n']:>8} {task['classes']:>8}" + "".join(row))
     return "\n".join(lines)
 
 
 def write_reports(results: dict[str, TaskResult], folder: Path) -> None:
-    """Writes `eval/TASK/`: confusion matrix as CSV and PNG, per-class accuracy as CSV."""
+    """Writes `eval/TASK/`: confusion matrix as CSV and PNG, per-class accuracy as CSV; for multilabel tasks average precision per class alone."""
     for name, result in results.items():
         target = folder / "eval" / name
         target.mkdir(parents=True, exist_ok=True)
+        if result.multilabel:
+            metrics.write_average_precision_csv(target / "per_class.csv", result.average_precision, result.positive, result.labels)
+            continue
         matrix = np.zeros((len(result.labels),) * 2, np.int64)
         metrics.count_confusion(matrix, result.label, result.scores.argmax(axis=1))
         metrics.write_confusion_csv(target / "confusion.csv", matrix, result.labels)
@@ -145,7 +189,8 @@ def main(argv: list[str]) -> int:
         usage="%(prog)s --workdir=DIR [--views=TxS] [--reversed] [--task=NAME [--data=CSV --root=FOLDER]] [--json=FILE]",
         description=__doc__.partition("\n")[0],
         epilog='The JSON file holds {"step": updates made, "tasks": {NAME: {"n": examples, "classes", "top1", "top5", "top1_reversed"}}}, shares '
-        "in 0..1; top1_reversed only with --reversed, for videos. Files that can't be decoded are named, counted as undecodable, and left out of n.",
+        "in 0..1; top1_reversed only with --reversed, for videos. Multilabel tasks also have map, mean average precision, and map_reversed. Files "
+        "that can't be decoded are named, counted as undecodable, and left out of n.",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of a training run")
     parser.add_argument("--views", metavar="TxS", help="temporal x spatial views that are averaged, as in 1x3 (default: the run's eval.views)")
@@ -155,7 +200,7 @@ def main(argv: list[str]) -> int:
         "--data",
         metavar="CSV",
         help="list of files to evaluate in place of the task's own validation split (needs --task): lines `path,label` or `path label`, "
-        "where a label is the name of a class of the run or its number from 0",
+        "where a label is the name of a class of the run or its number from 0; for a multilabel task `path,label|label`",
     )
     parser.add_argument("--root", default="", metavar="FOLDER", help="folder that the paths in --data start from (default: the list's own folder)")
     parser.add_argument("--data_root", metavar="FOLDER", help="where the run's own data is, if it has moved since")

@@ -1,4 +1,4 @@
-"""Losses: cross-entropy per example, and CoVeR's weighted sum over tasks."""
+"""Losses: cross-entropy per example, of one label or of many, and CoVeR's weighted sum over tasks."""
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,26 @@ def cross_entropy(logits: jax.Array, label: jax.Array, smoothing: float = 0.0) -
     log_partition = jax.nn.logsumexp(logits, axis=-1)  # [B]
     at_label = jnp.where(classes[None, :] == label[:, None], logits, 0).sum(axis=-1)  # [B]; no gather, hence no NaN for a label out of range
     return log_partition - (1 - smoothing) * at_label - smoothing * logits.mean(axis=-1)
+
+
+def sigmoid_cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Returns the loss of examples that have any number of labels: every class is a yes-or-no question with a sigmoid of its own.
+
+    It is the mean over the C classes of their binary cross-entropies in nats, not the sum, so that it starts at ln 2 whatever C is and a task of
+    many classes is no louder than others; `tasks.NAME.loss_weight` makes it so. There is no label smoothing: that shares a label out among classes
+    that exclude each other. The loss is linear in the target, so mixing two examples' losses is mixing their labels.
+
+    Args:
+      logits: float32 or bfloat16 [B, C].
+      label: int32[B, K], the classes of each example, in any order, filled up by -1. A number outside 0..C-1 names no class.
+
+    Returns:
+      float32[B].
+    """
+    logits = logits.astype(jnp.float32)
+    classes = jnp.arange(logits.shape[-1], dtype=label.dtype)
+    positive = (label[:, :, None] == classes).any(axis=1)  # [B, C]
+    return (jax.nn.softplus(logits) - jnp.where(positive, logits, 0)).mean(axis=-1)
 
 
 def weighted_loss(per_task: dict, weights: dict, reduction: str) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What is counted and where it is written: top-k, confusion matrices, running means of the training log, metrics.jsonl and TensorBoard."""
+"""What is counted and where it is written: top-k, average precision, confusion matrices, means of the training log, metrics.jsonl and TensorBoard."""
 
 import csv
 import io
@@ -34,6 +34,51 @@ def topk_correct(scores, label, k: int) -> np.ndarray:
     own = scores[np.arange(len(label)), label][:, None]  # [B, 1]
     ahead = (scores > own) | ((scores == own) & (np.arange(classes) < label[:, None]))  # [B, C]
     return (ahead.sum(axis=1) < k) & ~np.isnan(scores).any(axis=1)
+
+
+def positives(label, classes: int) -> np.ndarray:
+    """Labels int[B, K], filled up by -1, as bool[B, C]: which classes are among an example's labels.
+
+    Raises:
+      ValueError: a label out of range.
+    """
+    label = np.asarray(label)
+    rows, columns = np.nonzero(label >= 0)
+    _check_range("label", label[rows, columns], classes)
+    result = np.zeros((len(label), classes), bool)
+    result[rows, label[rows, columns]] = True
+    return result
+
+
+def best_label(scores, positive: np.ndarray) -> np.ndarray:
+    """The one of each example's labels that has the highest score, int[B]; so `topk_correct` of it is whether any of them is among the k best.
+
+    Args:
+      scores: float[B, C].
+      positive: bool[B, C], see `positives`. A row without any gives class 0, which means nothing.
+    """
+    return np.where(positive, np.asarray(scores, np.float32), -np.inf).argmax(axis=1)
+
+
+def average_precision(scores, positive: np.ndarray) -> np.ndarray:
+    """Returns the average precision of each class, float64[C]; NaN for a class without positive examples.
+
+    Examples are ranked by score, equal scores in the order they come in. At each positive example, precision is the share of positives among the
+    examples down to it; the mean of these, without interpolation, is the average precision. An example whose score is NaN comes last and counts as
+    not found.
+
+    Args:
+      scores: float[B, C], logits or probabilities.
+      positive: bool[B, C], see `positives`.
+    """
+    scores, ranks = np.asarray(scores, np.float32), np.arange(1, len(scores) + 1)
+    result = np.full(scores.shape[1], np.nan)
+    for number in np.flatnonzero(positive.any(axis=0)):
+        order = np.argsort(-scores[:, number], kind="stable")
+        hit = positive[order, number]
+        precision = np.where(np.isnan(scores[order, number]), 0, np.cumsum(hit) / ranks)
+        result[number] = precision[hit].mean()
+    return result
 
 
 def count_confusion(matrix: np.ndarray, label, prediction) -> None:
@@ -82,6 +127,13 @@ def write_per_class_csv(path, matrix: np.ndarray, labels) -> None:
     """Writes the table of `per_class` as CSV (UTF-8) with a header; the share of a class without examples is empty."""
     rows = per_class(matrix, labels)
     _write_csv(path, [list(rows[0]), *([rounded(value) for value in row.values()] for row in rows)])
+
+
+def write_average_precision_csv(path, precision: np.ndarray, positive: np.ndarray, labels) -> None:
+    """Writes a multilabel task's `per_class.csv` (UTF-8): class, label, examples that have it, and average precision, empty without examples."""
+    counts = positive.sum(axis=0)
+    rows = zip(range(len(labels)), labels, map(int, counts), map(rounded, precision), strict=True)
+    _write_csv(path, [["class", "label", "examples", "average_precision"], *rows])
 
 
 # The training log

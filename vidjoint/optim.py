@@ -83,7 +83,7 @@ def make_schedule(optim, total_steps: int, steps_per_epoch: float):
     return schedule
 
 
-def make_optimizer(optim, schedule) -> optax.GradientTransformation:
+def make_optimizer(optim, schedule, tasks: int = 1) -> optax.GradientTransformation:
     """Returns the optax chain for `config.optim`: clipping, then the update of the named optimiser.
 
     It sees the trainable parameters alone (`split_frozen`), so the global norm is theirs and frozen ones have no optimiser state.
@@ -91,9 +91,19 @@ def make_optimizer(optim, schedule) -> optax.GradientTransformation:
       adamw: p -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), with the moments of the clipped gradient (arXiv:1711.05101, algorithm 2).
     The decay is multiplied by the learning rate in both, as PyTorch does it.
 
+    With `tasks` T, step i is of task i mod T, and T steps are a round. `per_task` says what they share (IV-ViT 5.3); clipping, decay and rate are
+    always the same for all, and the schedule counts steps:
+      shared: everything.
+      independent: moments are a task's own, so there are T times as many, and AdamW's bias correction counts the task's own updates.
+      cumulative_ref: likewise, and a step takes the sum of the gradients of this round so far, each taken at the parameters of its own step, as
+        IV-ViT's code does, which zeroes gradients once a round.
+      accumulated: one update at the end of a round, with the sum of its gradients, which are then all taken at the same parameters; clipping is of
+        the sum, and the rate is that of the round's last step. The gradients of a round that the run does not finish are never used.
+
     Args:
       optim: `config.optim`.
       schedule: int32[] -> float32[], the learning rate.
+      tasks: number of tasks that take turns; without meaning to `shared`.
 
     Raises:
       UserError: an unknown name or a value out of range.
@@ -119,12 +129,59 @@ def make_optimizer(optim, schedule) -> optax.GradientTransformation:
 
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     decay = optax.add_decayed_weights(optim.weight_decay, mask=lambda params: decay_mask(params, optim.decay))
-    scale = optax.scale_by_learning_rate(schedule)
     if optim.name == "sgd":
-        momentum = optax.trace(optim.momentum, nesterov=optim.nesterov) if optim.momentum else optax.identity()
-        return optax.chain(clip, decay, momentum, scale)
-    adam = optax.scale_by_adam(*optim.betas, eps=optim.eps)
-    return optax.chain(clip, adam, decay, scale)
+        moments = optax.trace(optim.momentum, nesterov=optim.nesterov) if optim.momentum else optax.identity()
+    else:
+        moments = optax.scale_by_adam(*optim.betas, eps=optim.eps)
+    if optim.per_task in ("independent", "cumulative_ref"):
+        moments = _in_turn(moments, tasks)
+    rate = (lambda rounds: schedule(rounds * tasks + tasks - 1)) if optim.per_task == "accumulated" else schedule
+    update = (decay, moments) if optim.name == "sgd" else (moments, decay)
+    optimizer = optax.chain(clip, *update, optax.scale_by_learning_rate(rate))
+    if optim.per_task == "cumulative_ref":
+        return optax.chain(_sum_of_round(tasks), optimizer)
+    if optim.per_task == "accumulated":
+        return optax.MultiSteps(optimizer, tasks, use_grad_mean=False).gradient_transformation()
+    return optimizer
+
+
+def steps_per_update(config) -> int:
+    """Steps of which only the last one changes the parameters."""
+    return len(config.tasks) if config.optim.per_task == "accumulated" else 1
+
+
+def _in_turn(inner: optax.GradientTransformation, tasks: int) -> optax.GradientTransformation:
+    """`inner` with a state for each of `tasks` tasks, which take turns. Arrays of the states are stacked along a new first axis.
+
+    The key `per_task` tells `sharding.partition` of that axis.
+    """
+
+    def init(params):
+        states = jax.tree.map(lambda x: jnp.stack([x] * tasks), inner.init(params))
+        return {"count": jnp.zeros((), jnp.int32), "per_task": states}
+
+    def update(updates, state, params=None):
+        task = state["count"] % tasks
+        own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, task, keepdims=False), state["per_task"])
+        updates, own = inner.update(updates, own, params)
+        states = jax.tree.map(lambda stack, one: jax.lax.dynamic_update_index_in_dim(stack, one, task, 0), state["per_task"], own)
+        return updates, {"count": state["count"] + 1, "per_task": states}
+
+    return optax.GradientTransformation(init, update)
+
+
+def _sum_of_round(tasks: int) -> optax.GradientTransformation:
+    """Each gradient becomes the sum of those of its round, itself included; a round is `tasks` steps."""
+
+    def init(params):
+        return {"count": jnp.zeros((), jnp.int32), "sum": optax.tree.zeros_like(params)}
+
+    def update(updates, state, params=None):
+        begins = state["count"] % tasks == 0
+        total = jax.tree.map(lambda so_far, gradient: jnp.where(begins, 0, so_far) + gradient, state["sum"], updates)
+        return total, {"count": state["count"] + 1, "sum": total}
+
+    return optax.GradientTransformation(init, update)
 
 
 def decay_mask(params, decay: str):
@@ -205,20 +262,21 @@ def join(trainable: dict, frozen: dict) -> dict:
     return joined
 
 
-def ema_update(ema, params, decay: float, step):
+def ema_update(ema, params, decay: float, step, every: int = 1):
     """Returns the exponential moving average of the parameters after one more update: d * ema + (1 - d) * params.
 
-    d = min(decay, (1 + step) / (10 + step)): the usual warm-up against a bias towards the initial parameters. d is 0.1 at the first update, so that
-    early on the average spans about the last tenth of the updates; it reaches 0.999 after 9,000.
+    d = min(decay, (1 + n) / (10 + n)) with n updates before: the usual warm-up against a bias towards the initial parameters. d is 0.1 at the first
+    update, so that early on the average spans about the last tenth of the updates; it reaches 0.999 after 9,000.
 
     Args:
       ema: average so far, a tree like `params`; starts as the initial parameters.
       params: parameters after the update.
       decay: `config.optim.ema`, at least 0 and below 1.
-      step: int32[], number of updates before this one.
+      step: int32[], number of steps before this one.
+      every: steps per update (`steps_per_update`): the average moves, and d is counted, with the updates alone.
     """
-    step = jnp.asarray(step, jnp.float32)
-    keep = jnp.minimum(decay, (1 + step) / (10 + step))
+    before = jnp.asarray(step // every, jnp.float32)
+    keep = jnp.where(step % every == every - 1, jnp.minimum(decay, (1 + before) / (10 + before)), 1)
     return jax.tree.map(lambda average, value: average + (1 - keep).astype(average.dtype) * (value - average), ema, params)
 
 

@@ -71,15 +71,17 @@ def confusion_png(path, matrix: np.ndarray, labels, title: str = "") -> None:
 
 
 def learning_curves_png(path, events) -> None:
-    """Draws the training loss and the validation top-1 of every task over the steps.
+    """Draws the training loss and the validation top-1 (of a multilabel task the mAP) of every task over the steps.
 
     Args:
       path: the PNG to write.
-      events: dicts as `metrics.read_events` returns them; uses "train/loss", "train/NAME/loss" and "val/NAME/top1" (0..1). A null interrupts
-        its curve.
+      events: dicts as `metrics.read_events` returns them; uses "train/loss", "train/NAME/loss", "val/NAME/top1" and "val/NAME/map" (0..1). A
+        null interrupts its curve.
     """
     losses = _curves(events, r"train/(?:(.+)/)?loss")
-    accuracies = _curves(events, r"val/(.+)/top1")
+    precisions = _curves(events, r"val/(.+)/map")
+    accuracies = _curves(events, r"val/(.+)/top1") | precisions
+    metric = "top-1" if not precisions else "top-1 or mAP"
     tasks = sorted({*losses, *accuracies} - {None})
     styles = {task: {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]} for i, task in enumerate(tasks)}
     styles[None] = {"color": "0.4", "linestyle": "--"}
@@ -87,13 +89,13 @@ def learning_curves_png(path, events) -> None:
     figure = Figure(figsize=(11, 4.4), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     handles = {}
-    for axes, curves, title in ((left, losses, "training loss (nats)"), (right, accuracies, "validation top-1")):
+    for axes, curves, title in ((left, losses, "training loss (nats)"), (right, accuracies, f"validation {metric}")):
         for task in sorted(curves, key=lambda task: (task is not None, task)):
             if task is None and len(tasks) == 1:
                 continue  # the total repeats the only task
             steps, values = curves[task]
             marker = "o" if len(steps) <= 30 else None
-            name = "all tasks, weighted" if task is None else task
+            name = "all tasks, weighted" if task is None else f"{task} (mAP)" if task in precisions else task
             (handles[name],) = axes.plot(steps, values, marker=marker, markersize=4, linewidth=1.5, **styles[task])
         if not curves:
             axes.text(0.5, 0.5, "none so far", transform=axes.transAxes, ha="center", color="0.4")

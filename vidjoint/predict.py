@@ -23,7 +23,8 @@ def main(argv: list[str]) -> int:
         usage="%(prog)s --workdir=DIR VIDEO_OR_IMAGE... [--task=NAME] [--topk=K] [--window=S --stride=S] [--json=FILE]",
         description=__doc__.partition("\n")[0],
         epilog='Each line of the JSON file is {"path", "task", "labels": [..], "scores": [..]}, best label first and scores in 0..1, or '
-        '{"path", "error"}; windows also have "start" and "end" in seconds. Put -- before names that start with a dash. '
+        '{"path", "error"}; windows also have "start" and "end" in seconds. In a multilabel task each score is the probability that its own label '
+        "holds: they do not add up to 1. Put -- before names that start with a dash. "
         "Exit status: 0 if everything could be read, 1 if some files could not (each has its line), 2 if nothing could be done.",
     )
     parser.add_argument("files", nargs="+", metavar="VIDEO_OR_IMAGE", help="files, or folders: all images and videos in them, at any depth")

@@ -59,8 +59,12 @@ def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """How the array of that path is split: by its rule over tensor, then its largest remaining dimension that divides over fsdp.
 
     A dimension that its axis does not divide stays whole, and so do classifiers (`WHOLE`). Vectors take part in fsdp too, so that memory falls by its
-    size. The path may have a prefix, as in the optimiser's state: rules match its end.
+    size. The path may have a prefix, as in the optimiser's state: rules match its end. Below a key `per_task`, arrays are stacked along a first axis,
+    one for each task (`optim.make_optimizer`), which stays whole.
     """
+    _, stacked, inner = f"/{path}".partition("/per_task/")
+    if stacked:
+        return PartitionSpec(None, *partition(inner, shape[1:], mesh))
     spec = [None] * len(shape)
     if re.search(f"(^|/){WHOLE}$", path):
         return PartitionSpec(*spec)

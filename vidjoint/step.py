@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from vidjoint import optim
-from vidjoint.losses import cross_entropy, weighted_loss
+from vidjoint.losses import cross_entropy, sigmoid_cross_entropy, weighted_loss
 from vidjoint.mixup import mix
 from vidjoint.models.build import Model
 
@@ -38,27 +38,42 @@ def init_state(config, params: dict, optimizer: optax.GradientTransformation) ->
     return TrainState(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained), ema)
 
 
+def multilabel_tasks(config) -> frozenset[str]:
+    """Names of the tasks whose examples have any number of labels."""
+    return frozenset(name for name, task in config.tasks.items() if task.multilabel)
+
+
 def make_train_step(config, model: Model, optimizer: optax.GradientTransformation) -> Callable:
     """Returns `train_step(state, batches)` for a tuple of batches (see `data.mixture`): one weighted loss over all of them, one update.
 
     All randomness (mixup, stochastic depth, dropout) derives from (seed, step). Metrics: `loss`, `grad_norm`, and for each task `NAME/loss`, the pair
     (summed cross-entropy, number of examples), so that means over several steps are exact.
+
+    A batch's labels are int32[B], or int32[B, K] filled up by -1 where it has room for several labels of an example; a task that is not multilabel
+    has its label in column 0. The loss of a multilabel task is `losses.sigmoid_cross_entropy`, without label smoothing.
     """
     tasks = sorted(config.tasks)
     weights = {name: config.tasks[name].loss_weight for name in tasks}
 
     def sums(params: dict, batch: dict, key: jax.Array) -> dict:
         """Summed cross-entropy and number of examples of each task in one batch."""
-        pixels, label, partner, own = batch["pixels"], batch["label"], None, None
+        pixels, partner, own = batch["pixels"], None, None
+        label = batch["label"].reshape(len(pixels), -1)  # [B, K]
         if config.loss.mixup or config.loss.cutmix:
             pixels, partner, own = mix(jax.random.fold_in(key, 1), pixels, batch["task"], batch["mask"], config.loss.mixup, config.loss.cutmix)
         logits = model.logits(params, pixels, jax.random.fold_in(key, 0))
+
+        def cross_entropies(name: str, label: jax.Array) -> jax.Array:
+            if config.tasks[name].multilabel:
+                return sigmoid_cross_entropy(logits[name], label)
+            return cross_entropy(logits[name], label[:, 0], config.loss.label_smoothing)
+
         result = {}
         for index, name in enumerate(tasks):
             mine = batch["mask"] & (batch["task"] == index)
-            losses = cross_entropy(logits[name], label, config.loss.label_smoothing)
+            losses = cross_entropies(name, label)
             if partner is not None:
-                losses = own * losses + (1 - own) * cross_entropy(logits[name], label[partner], config.loss.label_smoothing)
+                losses = own * losses + (1 - own) * cross_entropies(name, label[partner])
             result[name] = jnp.where(mine, losses, 0).sum(), mine.sum()
         return result
 
@@ -73,7 +88,7 @@ def make_train_step(config, model: Model, optimizer: optax.GradientTransformatio
         (value, per_task), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, state.frozen, batches, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = optim.ema_update(state.ema, params, config.optim.ema, state.step) if config.optim.ema else {}
+        ema = optim.ema_update(state.ema, params, config.optim.ema, state.step, optim.steps_per_update(config)) if config.optim.ema else {}
         metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients)}
         metrics |= {f"{name}/loss": sum_and_count for name, sum_and_count in per_task.items()}
         return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
@@ -81,17 +96,23 @@ def make_train_step(config, model: Model, optimizer: optax.GradientTransformatio
     return train_step
 
 
-def make_eval_step(model: Model, average: str) -> Callable:
+def probabilities(logits: jax.Array, multilabel: bool) -> jax.Array:
+    """Class probabilities of logits [..., C]: softmax, or for a task of many labels the sigmoid of each class."""
+    return jax.nn.sigmoid(logits) if multilabel else jax.nn.softmax(logits)
+
+
+def make_eval_step(model: Model, average: str, multilabel: frozenset[str] = frozenset()) -> Callable:
     """Returns `eval_step(params, pixels uint8[B, V, T, H, W, 3], task, reverse)` -> class scores float32[B, C], averaged over the V views.
 
-    `average` is "softmax" (scores are probabilities) or "logits"; `task` and `reverse` (frames last to first, CoVeR table 2) are static.
+    `average` is "softmax" (scores are probabilities; those of tasks named in `multilabel` are sigmoids) or "logits"; `task` and `reverse` (frames
+    last to first, CoVeR table 2) are static.
     """
 
     def eval_step(params: dict, pixels: jax.Array, task: str, reverse: bool = False) -> jax.Array:
         batch, views = pixels.shape[:2]
         pixels = pixels[:, :, ::-1] if reverse else pixels
         logits = model.logits(params, pixels.reshape(-1, *pixels.shape[2:]))[task]
-        scores = jax.nn.softmax(logits) if average == "softmax" else logits
+        scores = probabilities(logits, task in multilabel) if average == "softmax" else logits
         return scores.reshape(batch, views, -1).mean(axis=1)
 
     return eval_step

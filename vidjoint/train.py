@@ -21,13 +21,22 @@ from tqdm import tqdm
 
 from vidjoint import evaluate, metrics, optim, plots, sharding, step, validate
 from vidjoint.checkpoints import Checkpoints
-from vidjoint.data.mixture import Mixture, Task, open_tasks, union_size
+from vidjoint.data.mixture import Mixture, Task, open_tasks, steps_per_epoch, union_size
 from vidjoint.errors import UserError
 from vidjoint.models.build import Model, build, count_parameters
 from vidjoint.run_folder import RunFolder
 from vidjoint.weights.init_from import init_from
 
 MEMORY_ADVICE = "lower batch_size, set model.remat=block, or share the parameters out by mesh.fsdp"
+BATCHES = {  # the schedules in words, before what they take of each task
+    "mixed": "in every step",
+    "round_robin": "in turn",
+    "alternating": "in turn",
+    "task_by_task": "one after the other",
+    "uniform": "one of these per step, drawn evenly",
+    "weighted": "in a drawn order",
+    "accumulated": "in every step, gradients summed",
+}
 IN_FLIGHT = 2  # steps that may wait on the device; more would only hold their batches in its memory
 
 log = logging.getLogger(__name__)
@@ -90,17 +99,18 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
             for line in source.warnings:
                 log.warning("%s: %s", task.name, line)
 
-    steps_per_epoch = union_size(config, tasks) / config.batch_size
-    total_steps = config.total_steps or round(config.total_epochs * steps_per_epoch)
+    per_epoch = steps_per_epoch(config, tasks)
+    total_steps = config.total_steps or round(config.total_epochs * per_epoch)
     if total_steps < 1:
-        raise UserError(
-            f"total_epochs={config.total_epochs} is less than one step: one epoch has {steps_per_epoch:.2f} steps of batch_size={config.batch_size}"
-        )
-    schedule = optim.make_schedule(config.optim, total_steps, steps_per_epoch)
-    optimizer = optim.make_optimizer(config.optim, schedule)
+        size = union_size(config, tasks) / per_epoch
+        raise UserError(f"total_epochs={config.total_epochs} is less than one step: one epoch has {per_epoch:.2f} steps of {size:g} examples")
+    if unused := total_steps % optim.steps_per_update(config):
+        log.warning("optim.per_task=accumulated updates once per round of %d steps: %d at the end will change nothing", len(tasks), unused)
+    schedule = optim.make_schedule(config.optim, total_steps, per_epoch)
+    optimizer = optim.make_optimizer(config.optim, schedule, len(tasks))
     model = build(config.model, {name: len(task.labels) for name, task in tasks.items()})
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    mixture = Mixture(config, tasks, process=jax.process_index(), processes=jax.process_count(), row_multiple=shards)
+    mixture = Mixture(config, tasks, total_steps, process=jax.process_index(), processes=jax.process_count(), row_multiple=shards)
 
     def fresh(key: jax.Array) -> step.TrainState:
         return step.init_state(config, model.init(key), optimizer)
@@ -161,7 +171,7 @@ def train(config: ConfigDict, workdir: str | Path, force_config: bool = False) -
         state = initial_state(setup) if start is None else checkpoints.restore(setup.abstract_state)
         start = start or 0
         print_summary(setup, state, start, folder.path)
-        with Log(folder.path, config.batch_size, start, setup.total_steps) as events:
+        with Log(folder.path, start, setup.total_steps) as events:
             state = run_steps(setup, state, start, evaluator, checkpoints, events, stop)
             end = max(start, setup.total_steps)
             stop.when_saved(end)
@@ -191,7 +201,7 @@ def run_steps(
             in_flight.append(values["loss"])
             if len(in_flight) > IN_FLIGHT:
                 in_flight.popleft().block_until_ready()
-            events.step(values, waited)
+            events.step(values, waited, setup.mixture.examples(done - 1))
 
             last, stops = done == setup.total_steps, stop.asked_anywhere(done % config.log_every == 0)
             evaluates = config.eval_every and (done % config.eval_every == 0 or last)
@@ -201,7 +211,7 @@ def run_steps(
             score = None
             if evaluates:
                 quick = evaluator.run(state.eval_params, (1, 1), reverse=False)
-                score = evaluate.mean_top1(quick)
+                score = evaluate.mean_score(quick)
                 if not last:  # the last evaluation follows with all views
                     events.write(done, evaluate.as_events(quick))
             if saves:
@@ -218,8 +228,8 @@ class Log:
     On a terminal there is a progress bar, elsewhere a line per event.
     """
 
-    def __init__(self, workdir: Path, batch_size: int, start: int, total_steps: int):
-        self._batch_size, self._total_steps, self._means = batch_size, total_steps, metrics.Summary()
+    def __init__(self, workdir: Path, start: int, total_steps: int):
+        self._total_steps, self._means = total_steps, metrics.Summary()
         self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=None if jax.process_index() == 0 else True, dynamic_ncols=True)
         self._writer = metrics.MetricsWriter(workdir, start) if jax.process_index() == 0 else None
         self._compiled = False
@@ -233,10 +243,10 @@ class Log:
         if self._writer:
             self._writer.close()
 
-    def step(self, values: dict, waited: float) -> None:
-        """Counts one step; doesn't wait for the device."""
+    def step(self, values: dict, waited: float, examples: int) -> None:
+        """Counts one step of so many examples; doesn't wait for the device."""
         self._means.add({f"train/{name}": value for name, value in values.items()})
-        self._waited, self._steps = self._waited + waited, self._steps + 1
+        self._waited, self._examples = self._waited + waited, self._examples + examples
         self._bar.update()
         if not self._compiled:  # the time of the first step says nothing about the next ones
             self._compiled = True
@@ -248,8 +258,8 @@ class Log:
         loss, seconds = event["train/loss"], time.perf_counter() - self._began
         event["train/lr"] = learning_rate
         progress = f"loss {loss:.4f}"
-        if self._steps:
-            event |= {"train/examples_per_s": self._steps * self._batch_size / seconds, "train/data_wait": min(self._waited / seconds, 1.0)}
+        if self._examples:
+            event |= {"train/examples_per_s": self._examples / seconds, "train/data_wait": min(self._waited / seconds, 1.0)}
             progress += f", {event['train/examples_per_s']:.0f} examples/s, data wait {event['train/data_wait']:.0%}"
         self.write(done, event)
         self._bar.set_postfix_str(progress)
@@ -264,9 +274,10 @@ class Log:
         """Writes an event; the time it took to come about is not counted to the next steps."""
         if self._writer:
             self._writer.write(done, event)
-        top1 = {name.split("/")[1]: value for name, value in event.items() if name.endswith("/top1") and value is not None}
+        top1 = {name.split("/")[1]: f"{100 * value:.1f} %" for name, value in event.items() if name.endswith("/top1") and value is not None}
+        top1 |= {name.split("/")[1]: f"{100 * value:.1f} % mAP" for name, value in event.items() if name.endswith("/map") and value is not None}
         if top1:
-            self._say(f"step {done}: validation top-1 " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in top1.items()))
+            self._say(f"step {done}: validation top-1 " + ", ".join(f"{name} {value}" for name, value in top1.items()))
         self._restart_clock()
 
     def _say(self, line: str) -> None:
@@ -275,7 +286,7 @@ class Log:
             sys.stdout.flush()
 
     def _restart_clock(self) -> None:
-        self._began, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._began, self._waited, self._examples = time.perf_counter(), 0.0, 0
 
 
 class StopSignal:
@@ -323,8 +334,10 @@ def print_summary(setup: Setup, state: step.TrainState, start: int, folder: Path
         clip = "x".join(map(str, task.clip.shape[:3]))
         val = len(task.val) if task.val else 0
         print(f"{name:<20} {len(task.train):>9} {val:>8} {len(task.labels):>8}  {clip:<18} {config.tasks[name].loss_weight:>6g}")
-    shares = ", ".join(f"{stream.batch_size} of {stream.name}" for stream in mixture.streams)
-    print(f"batches    {config.schedule}: {shares}")
+    shares = [f"{stream.batch_size} of {stream.name}" for stream in mixture.streams]
+    if config.schedule in ("task_by_task", "weighted"):
+        shares = [f"{steps} steps with {share}" for steps, share in zip(mixture.steps_of, shares, strict=True)]
+    print(f"batches    {config.schedule}, {BATCHES[config.schedule]}: {', '.join(shares)}")
     trained, frozen = count_parameters(state.params), count_parameters(state.frozen)
     spec = setup.model.spec
     sizes = f"{config.model.variant} width {spec.width}, {spec.depth} blocks, mixer {spec.mixer}"

@@ -20,7 +20,7 @@ CHOICES = {
     "model.dtype": ("bfloat16", "float32"),
     "model.remat": ("none", "block"),
     "model.gelu": ("exact", "tanh"),
-    "model.temporal_init": ("zero", "random"),
+    "model.temporal_init": ("zero", "copied", "random"),
     "model.embed": ("shared", "separate"),
     "model.tubelet_init": ("central_frame", "average"),
     "model.divided.image_temporal": ("affine", "skip"),
@@ -45,10 +45,13 @@ CHOICES = {
 }
 TASK_CHOICES = {"source": sources.KINDS, "media": ("video", "image"), "sampler": clips.SAMPLERS, "crop": ("short_side", "area", "none")}
 POSITIVE = ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "data.prefetch", "data.max_pixels", "model.frames", "model.image_size")
+POSITIVE += ("model.tubelet", "model.motion.block", "model.class_attention.blocks", "model.temporal_encoder.depth")
+POSITIVE += tuple(f"model.am_flow.{key}" for key in ("bottleneck", "hyper_width", "encoder_width", "encoder_mlp", "encoder_heads"))
+POSITIVE += tuple(f"model.am_flow.{key}" for key in ("tpu_width", "tpu_layers", "tpu_mlp", "tpu_heads"))
 NOT_NEGATIVE = ("seed", "total_steps", "total_epochs", "eval_every", "data.threads", "data.workers", "loss.mixup", "loss.cutmix", "eval.batch_size")
 NOT_NEGATIVE += tuple(f"model.{key}" for key in ("width", "depth", "heads", "mlp_dim", "patch", "norm_eps"))
 TASK_POSITIVE = ("sample_weight", "window_seconds")
-TASK_NOT_NEGATIVE = ("classes", "loss_weight", "frames", "randaugment_layers", "randaugment_magnitude")
+TASK_NOT_NEGATIVE = ("classes", "loss_weight", "steps", "batch_size", "frames", "randaugment_layers", "randaugment_magnitude")
 VARIANT = re.compile(r"(\w+)/([1-9]\d*)")
 TEXTS = ("task_order", "optim.freeze")  # tuples of texts; all others are of numbers
 PAIRS = ("image_size", "short_side", "area", "aspect")
@@ -66,6 +69,7 @@ def check(config: ConfigDict) -> list[str]:
         problems.append("there are no tasks: add one with config.tasks.NAME = task_config(...)")
     if config.task_order and sorted(config.task_order) != sorted(config.tasks):
         problems.append(f"task_order={config.task_order} must name each task once: {', '.join(sorted(config.tasks))}")
+    problems += _check_schedule(config)
     if not 0 <= config.loss.label_smoothing < 1:
         problems.append(f"loss.label_smoothing={config.loss.label_smoothing} must be at least 0 and below 1")
     if not 0 <= config.data.max_bad_share <= 1:
@@ -74,6 +78,8 @@ def check(config: ConfigDict) -> list[str]:
         problems.append(f"eval.views={config.eval.views!r}: write temporal x spatial views, as in 1x3")
     problems += _check_optim(config)
     problems += _check_model(config.model)
+    if config.model.temporal_init == "copied" and not config.init_from:
+        problems.append("model.temporal_init=copied copies the attention of an earlier run: set init_from, or use model.temporal_init=zero or random")
     for name in sorted(config.tasks):
         problems += [f"tasks.{name}: {line}" for line in _check_task(config, name)]
     shapes = {clip_spec(config, name).shape for name in config.tasks}
@@ -108,6 +114,24 @@ def _check_numbers(config: ConfigDict, choices: dict, positive: tuple, not_negat
     return problems + [f"{key}={value[key]} must be at least 0" for key in not_negative if not value[key] >= 0]
 
 
+def _check_schedule(config: ConfigDict) -> list[str]:
+    problems, schedule, tasks = [], config.schedule, config.tasks
+    own_size, own_steps = ([name for name in sorted(tasks) if tasks[name][key]] for key in ("batch_size", "steps"))
+    shares_steps = schedule in ("task_by_task", "weighted")
+    if own_size and schedule == "mixed":
+        problems.append(f"tasks.{own_size[0]}.batch_size is for batches of one task: set it to 0, or another schedule than mixed")
+    if shares_steps and own_steps and len(own_steps) < len(tasks):
+        missing = ", ".join(f"tasks.{name}.steps" for name in sorted(tasks) if name not in own_steps)
+        problems.append(f"{missing} must be set, for {own_steps[0]} has steps (or set none: steps are then in proportion to size)")
+    if shares_steps and 0 < config.total_steps < len(tasks):
+        problems.append(f"total_steps={config.total_steps} is below the number of tasks, {len(tasks)}, which each need a step: train longer")
+    if schedule == "accumulated" and 0 < config.batch_size < len(tasks) and len(own_size) < len(tasks):
+        problems.append(f"batch_size={config.batch_size} is below the number of tasks, {len(tasks)}, which each need a row: raise it or set theirs")
+    if config.optim.per_task != "shared" and schedule not in ("round_robin", "alternating"):
+        problems.append(f"optim.per_task={config.optim.per_task} is for tasks that take turns: set schedule=round_robin, or optim.per_task=shared")
+    return problems
+
+
 def _check_optim(config: ConfigDict) -> list[str]:
     """What the makers of the optimiser refuse, as far as that does not hang on the size of the data: durations in epochs count as nothing."""
     problems = []
@@ -128,20 +152,39 @@ def _check_model(model: ConfigDict) -> list[str]:
     match = VARIANT.fullmatch(model.variant)
     if not match or match[1] not in PRESETS:
         return [f"model.variant={model.variant!r} is unknown: write one of {', '.join(PRESETS)}, a slash and the patch size, as in B/16"]
-    width, _, heads, _ = PRESETS[match[1]]
-    width, heads = model.width or width, model.heads or heads
+    width, depth, heads, _ = PRESETS[match[1]]
+    width, depth, heads = model.width or width, model.depth or depth, model.heads or heads
     if width % heads:
         problems.append(f"model.heads={heads} does not divide the width {width}: choose model.heads or model.width so that it does")
+    if wrong := [number for number in model.mixer_blocks if number not in range(-depth, depth)]:
+        problems.append(f"model.mixer_blocks has {wrong}, but the {depth} blocks are numbered from 0 to {depth - 1}: name these, or () for all")
     if not model.class_token and model.pool in NEED_CLASS_TOKEN:
-        problems.append(f"model.pool={model.pool} needs model.class_token=True: set it, or use model.pool=average")
+        problems.append(f"model.pool={model.pool} needs model.class_token=True: set it, or use another model.pool, such as average")
     if model.mixer == "token_shift" and model.token_shift.tokens == "class" and not model.class_token:
         problems.append("model.token_shift.tokens=class needs a class token: set model.class_token=True or model.token_shift.tokens=all")
     if not 0 < model.token_shift.fraction <= 0.5:
         problems.append(f"model.token_shift.fraction={model.token_shift.fraction} must be above 0 and at most 0.5: each direction takes so much")
     if not 0 <= model.drop_path < 1 or not 0 <= model.dropout < 1:
         problems.append(f"model.drop_path={model.drop_path} and model.dropout={model.dropout} must be at least 0 and below 1")
+    if model.tubelet > 1 and model.embed != "separate":
+        problems.append(f"model.tubelet={model.tubelet} is for videos alone: set model.embed=separate, or model.tubelet=1")
+    if model.tubelet > 0 and model.frames % model.tubelet:
+        problems.append(f"model.frames={model.frames} cannot be cut into tubelets of {model.tubelet}: change model.frames or model.tubelet")
+    if model.mixer == "am_flow":
+        problems += _check_am_flow(model.am_flow, width)
     if len(model.mean) != 3 or len(model.std) != 3 or not all(value > 0 for value in model.std):
         problems.append(f"model.mean={model.mean} and model.std={model.std} must be three numbers each, for red, green and blue, and std above 0")
+    return problems
+
+
+def _check_am_flow(settings: ConfigDict, width: int) -> list[str]:
+    problems = []
+    pairs = [("encoder_heads", "encoder_width")] * (settings.flow == "aligned") + [("tpu_heads", "bottleneck")] * (settings.tpu == "transformer")
+    for heads, key in pairs:
+        if settings[heads] > 0 and settings[key] % settings[heads]:
+            problems.append(f"model.am_flow.{heads}={settings[heads]} does not divide model.am_flow.{key}={settings[key]}: change one of them")
+    if settings.adapter == "compacter" and (width % 4 or settings.bottleneck % 4):
+        problems.append(f"model.am_flow.adapter=compacter needs a width and a bottleneck that 4 divides, not {width} and {settings.bottleneck}")
     return problems
 
 
@@ -155,10 +198,18 @@ def _check_task(config: ConfigDict, name: str) -> list[str]:
         return problems
     if not task.train:
         problems.append("train is empty: name the training data")
+    if task.multilabel and task.source != "csv":
+        problems.append(f"multilabel=True with source={task.source}: only lists hold several labels of a file, so set source=csv and write one")
     height, width = clip_spec(config, name).size
     patch = config.model.patch or (VARIANT.fullmatch(config.model.variant) or ("", "", 1))[2]
     if height < 1 or width < 1 or height % int(patch) or width % int(patch):
         problems.append(f"input of {height} x {width} pixels is not divisible by the patch of {patch}: change image_size or the model's patch")
+    if task.media == "video" and task.frames > 1 and config.model.tubelet > 0 and task.frames % config.model.tubelet:
+        problems.append(f"frames={task.frames} cannot be cut into tubelets of {config.model.tubelet}: change frames or model.tubelet")
+    flow = config.model.am_flow
+    fixed = (config.model.mixer, flow.flow, flow.encoder_input) == ("am_flow", "aligned", "tokens")
+    if fixed and task.media == "video" and (height, width) != (config.model.image_size,) * 2:
+        problems.append(f"model.am_flow.encoder_input=tokens is for inputs of model.image_size alone, not {height} x {width}: set it to scalar")
     if not 0 <= task.erase <= 1:
         problems.append(f"erase={task.erase} must be a probability, 0 to 1")
     if not 0 < task.short_side[0] <= task.short_side[1]:

@@ -2,7 +2,10 @@
 
 import json
 import os
+import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.data.listed import faults, opened, pairs, touch, write
@@ -260,3 +263,102 @@ def test_moments_in_time(tmp_path):
 def test_lists_of_paths_alone(tmp_path):
     rows = read_list(write(tmp_path / "l.txt", "my clip, one.mp4\nb.mp4\n"))
     assert rows.keys == ["my clip, one.mp4", "b.mp4"] and rows.labels == ["", ""]
+
+
+# Multilabel lists
+
+
+def labels_in(source):
+    return [source[i]["label"].tolist() for i in range(len(source))]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", " ", ", "])
+@pytest.mark.parametrize("header", ["", "path{}label\n", "video{}labels\n", "clip_id{}tags\n"])
+@pytest.mark.parametrize("kind", ["names", "numbers"])
+def test_several_labels_of_a_file(tmp_path, separator, header, kind):
+    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4", "d.mp4")
+    rows = {"a.mp4": "run|eat | jump", "b.mp4": "eat", "c.mp4": "eat|run", "d.mp4": "jump"}
+    if separator == " ":
+        rows["a.mp4"] = "run|eat|jump"
+    text = (header.format(separator) if "clip" not in header or kind == "numbers" else "") + "".join(f"{k}{separator}{v}\n" for k, v in rows.items())
+    if kind == "numbers":
+        for number, name in enumerate(("eat", "jump", "run")):
+            text = text.replace(name, str(number))
+    write(tmp_path / "l.csv", text)
+    source = opened(tmp_path, train="l.csv", multilabel=True)
+    assert source.labels == (("eat", "jump", "run") if kind == "names" else ("0", "1", "2"))
+    assert labels_in(source) == [[2, 0, 1], [0, -1, -1], [0, 2, -1], [1, -1, -1]] and source.label_shape == (3,)
+    assert source[0]["label"].dtype == np.int32 and not source.warnings
+
+
+def test_lines_that_name_the_same_file_are_one_example(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    write(tmp_path / "l.csv", "b.mp4,x\na.mp4,y\nb.mp4,z|x\nc.mp4,\nb.mp4,x\n")
+    write(tmp_path / "more.csv", "a.mp4,w\n")
+    source = opened(tmp_path, train="l.csv,more.csv", multilabel=True)
+    assert [Path(source.name(i)).name for i in range(len(source))] == ["b.mp4", "a.mp4", "c.mp4"]
+    assert source.labels == ("w", "x", "y", "z") and labels_in(source) == [[1, 3], [2, 0], [-1, -1]] and not source.warnings
+    assert pickle.loads(pickle.dumps(source)).label_shape == (2,)
+    assert opened(tmp_path, train="more.csv").label_shape == ()  # of a task of one label per example
+
+
+def test_files_of_published_multilabel_lists_that_are_not_there(tmp_path):
+    touch(tmp_path, "x/abc_000010_000020.mp4", "x/c_000001_000011.mp4")
+    rows = "label,youtube_id,time_start,time_end,split\nrun,abc,10,20,train\neat|run|x|y,lost,0,10,train\neat,abc,10,20,train\nrun,c,1,11,train\n"
+    write(tmp_path / "k.csv", rows)
+    source = opened(tmp_path, train="k.csv", multilabel=True)
+    assert labels_in(source) == [[1, 0], [1, -1]] and source.missing == 1  # K is of the files that are there
+    assert source.warnings[0].startswith("1 of 4 files") and source.warnings[1] == "2 of 4 classes have no examples: x, y"
+
+
+def test_a_multilabel_validation_list(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    write(tmp_path / "train.csv", "a.mp4,x|y|z\n")
+    write(tmp_path / "val.csv", "b.mp4,z\na.mp4,\n")
+    changes = {"train": "train.csv", "val": "val.csv", "multilabel": True}
+    assert labels_in(opened(tmp_path, "val", **changes)) == [[2], [-1]]
+    write(tmp_path / "names.txt", "z\ny\nx\n")
+    assert labels_in(opened(tmp_path, "val", **changes, labels="names.txt")) == [[0], [-1]]
+    write(tmp_path / "val.csv", "b.mp4,\na.mp4,\n")
+    assert labels_in(opened(tmp_path, "val", **changes)) == [[-1], [-1]]
+
+
+def test_multilabel_faults_are_told_by_line(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    write(tmp_path / "train.csv", "a.mp4,0|7\nb.mp4,\nc.mp4,1|-1|2|x\ngone.mp4,0\n")
+    assert faults(tmp_path, train="train.csv", classes=3, multilabel=True) == [
+        f"{tmp_path}/train.csv line 1: label 7 is not in 0..2",
+        f"{tmp_path}/train.csv line 3: label -1 is not in 0..2",
+        f"{tmp_path}/train.csv line 3: label 'x' is not a number, as others are",
+        f"1 of 4 files of {tmp_path}/train.csv are not in {tmp_path}: gone.mp4. Correct root or the list",
+    ]
+    write(tmp_path / "train.csv", "a.mp4,x|mouse\nb.mp4,\n")
+    write(tmp_path / "names.txt", "x\ny\n")
+    (line,) = faults(tmp_path, train="train.csv", labels="names.txt", multilabel=True)
+    assert line == f"{tmp_path}/train.csv line 1: class 'mouse' is not among the 2 known ones (x, y)"
+    write(tmp_path / "train.csv", "a.mp4,1|2\nb.mp4,2\n")
+    assert "they must run from 0 to 1" in faults(tmp_path, train="train.csv", classes=2, multilabel=True)[0]
+    write(tmp_path / "train.csv", "a.mp4,\nb.mp4,\n")
+    assert "no line has a label" in faults(tmp_path, train="train.csv", multilabel=True)[0]
+
+
+def test_labels_that_look_like_several_are_told_of(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    hint = "'x|y' counts as one label: if it is meant as several, set multilabel=True"
+    write(tmp_path / "l.csv", "a.mp4,x|y\nb.mp4,x\n")
+    assert opened(tmp_path, train="l.csv").warnings == [hint]
+    write(tmp_path / "names.txt", "x\nz\n")
+    assert faults(tmp_path, train="l.csv", labels="names.txt")[-1] == hint
+    write(tmp_path / "names.txt", "x\nx|y\n")
+    assert opened(tmp_path, train="l.csv", labels="names.txt").warnings == []
+
+
+def test_folds_of_a_multilabel_list(tmp_path):
+    names = [f"{i:02d}.mp4" for i in range(24)]
+    touch(tmp_path, *names)
+    write(tmp_path / "l.csv", "".join(f"{name},{'abc'[i % 3]}{'|d|e' if i == 5 else ''}\n" for i, name in enumerate(names)))
+    changes = {"train": "l.csv", "fold": "1/4", "multilabel": True}
+    val, train = opened(tmp_path, "val", **changes), opened(tmp_path, "train", **changes)
+    assert sorted([*val.records.names, *train.records.names]) == [str(tmp_path / name) for name in names]
+    assert np.bincount(val.records.targets[:, 0]).tolist() == [2, 2, 2]
+    assert val.label_shape == train.label_shape == (3,)

@@ -20,61 +20,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.data.sets import NUMBER, SIZES, configure, mixed, same
 from vidjoint.config import base_config, task_config
 from vidjoint.data import mixture, workers
-from vidjoint.data.demo import write_video
 from vidjoint.data.mixture import Mixture, evaluation_batches, open_tasks
 from vidjoint.data.video import DecodeError
 from vidjoint.errors import UserError
-
-SIZES = {"stills": 20, "moves": 13, "turns": 8}
-NUMBER = {"moves": 0, "stills": 1, "turns": 2}  # of a task in batches: alphabetical
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory):
-    """Three sets of noise; an example's label is its number, so a label says which file a row came from."""
-    root = tmp_path_factory.mktemp("sets")
-    rng = np.random.default_rng(0)
-    for name, size in SIZES.items():
-        (root / name).mkdir()
-        lines = []
-        for i in range(size):
-            if name == "stills":
-                Image.fromarray(rng.integers(0, 256, (20 + i, 24, 3), np.uint8)).save(root / name / f"{i}.png")
-            else:
-                write_video(root / name / f"{i}.mp4", rng.integers(0, 256, (6, 20, 24), np.uint8))
-            lines.append(f"{i}.{'png' if name == 'stills' else 'mp4'} {i}\n")
-        (root / f"{name}.csv").write_text("".join(lines))
-    return root
-
-
-def configure(root, *names, batch_size=6, **changes):
-    config = base_config()
-    config.data_root, config.batch_size = str(root), batch_size
-    config.model.frames, config.model.image_size, config.data.threads = 3, 16, 2
-    for name in names:
-        media = "image" if name == "stills" else "video"
-        settings = dict(media=media, train=f"{name}.csv", val=f"{name}.csv", root=name, short_side=(17, 22), randaugment_layers=1, erase=0.2)
-        config.tasks[name] = task_config(**settings)
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-def mixed(config, **shares):
-    return Mixture(config, open_tasks(config, ("train",)), **shares)
-
-
-def same(ours, theirs):
-    """Asserts that two tuples of batches are equal to the bit."""
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert a[key].dtype == b[key].dtype
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
 def take(mix, count, start=0):
@@ -86,20 +38,6 @@ def examples(mix, steps, start=0):
     """(task, label) of all rows that count, in order."""
     batches = [batch for step in range(start, start + steps) for batch in mix.step(step)]
     return [(int(t), int(label)) for b in batches for t, label, keep in zip(b["task"], b["label"], b["mask"], strict=True) if keep]
-
-
-@pytest.fixture
-def undecoded(monkeypatch):
-    """Makes decoding free: all clips are black. Its `calls` counts them."""
-    seen = SimpleNamespace(calls=0, lock=threading.Lock())
-
-    def clip(example, spec, rng):
-        with seen.lock:
-            seen.calls += 1
-        return np.zeros(spec.shape, np.uint8)
-
-    monkeypatch.setattr(mixture, "training_clip", clip)
-    return seen
 
 
 @pytest.fixture
@@ -200,7 +138,7 @@ def test_workers_end_with_a_killed_parent(root, tmp_path):
         textwrap.dedent(f"""
         import multiprocessing, os, signal, sys
         sys.path[:0] = {[str(Path(__file__).parents[2])]!r}
-        from tests.data.test_mixture import configure, mixed
+        from tests.data.sets import configure, mixed
         if __name__ == "__main__":
             tuples = mixed(configure({str(root)!r}, "moves", **{{"data.workers": 1}})).iterate()
             next(tuples)
@@ -389,7 +327,7 @@ def test_damaged_members_of_a_zip(root, tmp_path):
     config.data_root, config.batch_size, config.model.image_size, config.data.threads = str(tmp_path), 20, 16, 2
     config.tasks.set = task_config(source="folder", media="image", train="set.zip", val="set.zip", short_side=(16, 16))
     tasks = open_tasks(config)
-    mix = Mixture(config, tasks)
+    mix = Mixture(config, tasks, 1)
     assert mix.step(0)[0]["mask"].all()
     (line,) = mix.bad["set"].values()
     assert line == f"{tmp_path}/set.zip/1/07.png: the zip is damaged here: wrong checksum"

@@ -1,5 +1,7 @@
 """A new model takes over what fits of an earlier run, and says what it did."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from vidjoint.checkpoints import Checkpoints
 from vidjoint.config import base_config, task_config
 from vidjoint.errors import UserError
-from vidjoint.models.build import build
+from vidjoint.models.build import Model, build
 from vidjoint.models.layers import resize_position, resize_time
 from vidjoint.run_folder import RunFolder
 from vidjoint.weights.init_from import init_from
@@ -24,10 +26,13 @@ def model_config(**changes):
     return config
 
 
+shapes = functools.cache(Model.abstract)
+
+
 def draw(config, labels, seed: int) -> dict:
     rng = np.random.default_rng(seed)
     model = build(config.model, {task: len(names) for task, names in labels.items()})
-    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), model.abstract())
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes(model))
 
 
 def write_run(folder, config, seed=0, labels=LABELS, ema=False) -> dict:
@@ -79,7 +84,7 @@ def test_the_tables_are_stretched(tmp_path):
     np.testing.assert_array_equal(found["embed/position"][0], old["embed/position"][0])
     np.testing.assert_array_equal(found["embed/time"], resize_time(old["embed/time"], 6))
     assert_same(found, old, fresh.keys() - {"embed/position", "embed/time"})
-    assert lines[1] == f"init_from={tmp_path} (step 7): 2 parameters resized: embed/position, embed/time"
+    assert lines[1] == f"init_from={tmp_path} (step 7): 2 parameters resized: embed/{{position,time}}"
 
 
 @pytest.mark.parametrize("labels", [("run", "jump", "sit"), ("jump", "run", "stand"), ("jump", "run")])
@@ -90,7 +95,7 @@ def test_a_head_is_taken_over_only_with_its_class_names(tmp_path, labels):
     new = {"heads/actions/kernel", "heads/actions/bias"}
     assert_same(found, fresh, new)
     assert_same(found, old, fresh.keys() - new)
-    assert lines[1:] == [f"init_from={tmp_path} (step 7): 2 parameters new: heads/actions/bias, heads/actions/kernel"]
+    assert lines[1:] == [f"init_from={tmp_path} (step 7): 2 parameters new: heads/actions/{{bias,kernel}}"]
 
 
 def test_tasks_that_come_and_go(tmp_path):
@@ -100,22 +105,158 @@ def test_tasks_that_come_and_go(tmp_path):
     assert_same(found, old, [name for name in fresh if "gestures" not in name])
     assert_same(found, fresh, ["heads/gestures/kernel", "heads/gestures/bias"])
     assert lines[1:] == [
-        f"init_from={tmp_path} (step 7): 2 parameters new: heads/gestures/bias, heads/gestures/kernel",
-        f"init_from={tmp_path} (step 7): 2 parameters unused: heads/pictures/bias, heads/pictures/kernel",
+        f"init_from={tmp_path} (step 7): 2 parameters new: heads/gestures/{{bias,kernel}}",
+        f"init_from={tmp_path} (step 7): 2 parameters unused: heads/pictures/{{bias,kernel}}",
     ]
 
 
-def test_from_images_to_videos_the_temporal_parameters_are_new(tmp_path):
-    """CoVeR's second stage: a frame-wise model hands over to one with divided attention."""
+SPATIAL = {"temporal_norm": "norm1", "temporal_attn": "attn"}
+
+
+def spatial(name: str) -> str:
+    """blocks/0/mixer/temporal_attn/qkv/bias -> blocks/0/attn/qkv/bias."""
+    block, number, _, part, rest = name.split("/", 4)
+    return f"{block}/{number}/{SPATIAL[part]}/{rest}"
+
+
+@pytest.mark.parametrize("mixer", ["divided", "motion"])
+@pytest.mark.parametrize("temporal_init", ["zero", "copied"])
+def test_from_images_to_videos_the_temporal_attention_is_that_of_space(tmp_path, mixer, temporal_init):
+    """CoVeR's second stage: a frame-wise model hands over to one with attention over time, as TimeSformer's and ViViT's loaders do."""
     old = write_run(tmp_path, model_config())
-    config = model_config(mixer="divided")
-    found, fresh, lines = load(tmp_path, config)
-    temporal = {name for name in fresh if "/mixer/temporal_" in name or name == "embed/time"}
-    assert temporal == fresh.keys() - old.keys() and len(temporal) == 2 * 8 + 1
-    assert_same(found, fresh, temporal)
+    found, fresh, lines = load(tmp_path, model_config(mixer=mixer, temporal_init=temporal_init))
+    copied = {name for name in fresh if "/mixer/temporal_attn/" in name or "/mixer/temporal_norm/" in name}
+    new = {name for name in fresh if "/mixer/temporal_fc/" in name or name == "embed/time"}
+    assert copied | new == fresh.keys() - old.keys() and (len(copied), len(new)) == (2 * 6, 2 * 2 + 1)
+    for name in copied:
+        np.testing.assert_array_equal(found[name], old[spatial(name)], err_msg=name)
+    assert_same(found, fresh, new)
     assert_same(found, old, old)
-    kinds = "blocks/*/mixer/temporal_attn/proj/bias, blocks/*/mixer/temporal_attn/proj/kernel, "
-    assert lines[1].startswith(f"init_from={tmp_path} (step 7): 17 parameters new: {kinds}")
+    modules = "attn/proj/{bias,kernel}, attn/qkv/{bias,kernel}, norm/{bias,scale}".split(", ")
+    assert lines[1:] == [
+        f"init_from={tmp_path} (step 7): 12 parameters copied from the spatial attention: "
+        + ", ".join(f"blocks/*/mixer/temporal_{module}" for module in modules),
+        f"init_from={tmp_path} (step 7): 5 parameters new: blocks/*/mixer/temporal_fc/{{bias,kernel}}, embed/time",
+    ]
+
+
+def test_from_images_to_videos_from_scratch_nothing_is_copied(tmp_path):
+    old = write_run(tmp_path, model_config())
+    found, fresh, lines = load(tmp_path, model_config(mixer="divided", temporal_init="random"))
+    assert_same(found, fresh, fresh.keys() - old.keys())
+    assert_same(found, old, old)
+    assert lines[1].startswith(f"init_from={tmp_path} (step 7): 17 parameters new: blocks/*/mixer/temporal_attn/proj/{{bias,kernel}}, ")
+
+
+def test_a_copied_branch_acts_at_once_and_a_zero_one_later():
+    for temporal_init, expected in {"zero": np.zeros((8, 8)), "copied": np.eye(8)}.items():
+        model = build(model_config(mixer="divided", depth=1, temporal_init=temporal_init).model, {"actions": 3})
+        fc, time = jax.jit(lambda key, model=model: _branch_end(model.init(key)))(jax.random.key(0))
+        np.testing.assert_array_equal(fc["kernel"], expected)
+        assert not fc["bias"].any() and not time.any()
+
+
+def _branch_end(params: dict) -> tuple:
+    return params["blocks"]["0"]["mixer"]["temporal_fc"], params["embed"]["time"]
+
+
+@pytest.mark.parametrize("temporal_init", ["zero", "copied"])
+def test_a_branch_without_a_dense_layer_ends_in_its_projection(tmp_path, temporal_init):
+    """That must stay zero, or the fresh model would not be the image ViT."""
+    old = write_run(tmp_path, model_config())
+    config = model_config(mixer="motion", temporal_init=temporal_init)
+    config.model.motion.temporal_fc = False
+    found, fresh, _ = load(tmp_path, config)
+    for name in fresh.keys() - old.keys() - {"embed/time"}:
+        stays = temporal_init == "zero" and "temporal_attn/proj/" in name
+        np.testing.assert_array_equal(found[name], fresh[name] if stays else old[spatial(name)], err_msg=name)
+
+
+def test_temporal_attention_that_is_there_is_kept(tmp_path):
+    """Blocks that had none before get theirs from space; divided and motion attention are parameters of one kind."""
+    old = write_run(tmp_path, model_config(mixer="divided", mixer_blocks=(1,)))
+    found, fresh, lines = load(tmp_path, model_config(mixer="motion"))
+    assert_same(found, old, old)
+    for name in fresh:
+        if name.startswith(("blocks/0/mixer/temporal_attn", "blocks/0/mixer/temporal_norm")):
+            np.testing.assert_array_equal(found[name], old[spatial(name)], err_msg=name)
+    assert "6 parameters copied" in lines[1] and "2 parameters new: blocks/*/mixer/temporal_fc" in lines[2]
+
+
+VIDEO = {"embed/video_proj/kernel", "embed/video_proj/bias", "embed/video_position"}
+
+
+@pytest.mark.parametrize("init", ["central_frame", "average"])
+@pytest.mark.parametrize(("tubelet", "size"), [(1, 16), (2, 40)])
+def test_an_embedding_for_videos_is_made_from_that_of_images(tmp_path, tubelet, size, init):
+    old = write_run(tmp_path, model_config(mixer="joint"))
+    found, fresh, lines = load(tmp_path, model_config(mixer="joint", embed="separate", tubelet=tubelet, tubelet_init=init, image_size=size))
+    kernel = old["embed/proj/kernel"]
+    parts = [kernel] if tubelet == 1 else [kernel / 2] * 2 if init == "average" else [np.zeros_like(kernel), kernel]
+    np.testing.assert_array_equal(found["embed/video_proj/kernel"], np.concatenate(parts))
+    np.testing.assert_array_equal(found["embed/video_proj/bias"], old["embed/proj/bias"])
+    np.testing.assert_array_equal(found["embed/video_position"], found["embed/position"])
+    np.testing.assert_allclose(found["embed/position"], resize_position(old["embed/position"], 1, (2, 2), (size // 8,) * 2), atol=1e-6)
+    if tubelet == 2:
+        np.testing.assert_array_equal(found["embed/time"], resize_time(old["embed/time"], 2))
+    made = "3 parameters inflated from the image embedding: embed/video_position, embed/video_proj/{bias,kernel}"
+    assert f"init_from={tmp_path} (step 7): {made}" in lines
+    assert_same(found, old, fresh.keys() - VIDEO - {"embed/position", "embed/time"})
+
+
+def test_separate_embeddings_are_taken_over_stretched_and_left(tmp_path):
+    old = write_run(tmp_path, model_config(embed="separate"))
+    found, fresh, lines = load(tmp_path, model_config(embed="separate", image_size=40))
+    for table in ("embed/position", "embed/video_position"):
+        np.testing.assert_allclose(found[table], resize_position(old[table], 1, (2, 2), (5, 5)), atol=1e-6)
+    assert np.abs(found["embed/position"] - found["embed/video_position"]).max() > 0.1
+    assert_same(found, old, fresh.keys() - {"embed/position", "embed/video_position"})
+    assert lines[1:] == [f"init_from={tmp_path} (step 7): 2 parameters resized: embed/{{position,video_position}}"]
+
+    found, _, lines = load(tmp_path, model_config(embed="separate", tubelet=2))
+    kernel = old["embed/video_proj/kernel"]
+    np.testing.assert_array_equal(found["embed/video_proj/kernel"], np.concatenate([np.zeros_like(kernel), kernel]))
+    assert lines[1:] == [f"init_from={tmp_path} (step 7): 1 parameters resized: embed/video_proj/kernel"]
+
+    found, fresh, lines = load(tmp_path, model_config())
+    assert_same(found, old, fresh)
+    assert lines[1:] == [f"init_from={tmp_path} (step 7): 3 parameters unused: embed/video_position, embed/video_proj/{{bias,kernel}}"]
+
+
+def test_tubelets_do_not_become_shorter(tmp_path):
+    write_run(tmp_path, model_config(embed="separate", tubelet=4))
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, model_config(embed="separate", tubelet=2))
+    fault = "embed/video_proj/kernel is [768, 8] there and [384, 8] here: use the model settings of that run"
+    assert caught.value.lines == (f"init_from={tmp_path}: {fault}",)
+
+
+def test_a_head_of_another_width_starts_anew(tmp_path):
+    """Branches of the mixer lengthen the features (AM Flow): the same labels then have another kernel."""
+    config = model_config()
+    old = write_run(tmp_path, config)
+    fresh, lines = draw(config, LABELS, 99), []
+    fresh["heads"]["actions"]["kernel"] = np.ones((20, 3), np.float32)
+    found = flat(init_from(str(tmp_path), fresh, build(config.model, {}).spec, LABELS, lines.append))
+    new = {"heads/actions/kernel", "heads/actions/bias"}
+    assert_same(found, flat(fresh), new)
+    assert_same(found, old, old.keys() - new)
+    assert lines[1:] == [f"init_from={tmp_path} (step 7): 2 parameters new: heads/actions/{{bias,kernel}}"]
+
+
+def test_parameters_of_the_pool_are_accounted_for(tmp_path):
+    config = model_config()
+    pooled = {"0": {"mlp": {"bias": np.ones(3, np.float32)}}, "1": {"mlp": {"bias": np.ones(3, np.float32)}}}
+    fresh, lines = draw(config, LABELS, 99) | {"pool": pooled}, []
+    old = write_run(tmp_path, config)
+    found = flat(init_from(str(tmp_path), fresh, build(config.model, {}).spec, LABELS, lines.append))
+    assert_same(found, old | flat({"pool": pooled}), found)
+    assert lines[1:] == [f"init_from={tmp_path} (step 7): 2 parameters new: pool/*/mlp/bias"]
+
+    bare = {name: part for name, part in fresh.items() if name != "embed"} | {"embed": {"proj": fresh["embed"]["proj"]}}
+    lines.clear()
+    init_from(str(tmp_path), bare, build(config.model, {}).spec, LABELS, lines.append)
+    assert lines[2] == f"init_from={tmp_path} (step 7): 2 parameters unused: embed/{{class_token,position}}"
 
 
 def test_shapes_that_do_not_fit_are_all_listed(tmp_path):
@@ -133,6 +274,19 @@ def test_a_position_table_without_class_token_does_not_become_one_with(tmp_path)
     with pytest.raises(UserError) as caught:
         load(tmp_path, model_config())
     assert caught.value.lines == (f"init_from={tmp_path}: embed/position is [4, 8] there and [5, 8] here: use the model settings of that run",)
+
+
+@pytest.mark.parametrize("size", [16, 40])
+def test_a_position_table_loses_the_row_of_a_class_token_that_is_gone(tmp_path, size):
+    """MEViT's patches have no class token with them, and start from those of an image ViT."""
+    old = write_run(tmp_path, model_config())
+    found, fresh, lines = load(tmp_path, model_config(class_token=False, pool="average", image_size=size))
+    np.testing.assert_allclose(found["embed/position"], resize_position(old["embed/position"][1:], 0, (2, 2), (size // 8,) * 2), atol=1e-6)
+    assert_same(found, old, fresh.keys() - {"embed/position"})
+    assert lines[1:3] == [
+        f"init_from={tmp_path} (step 7): 1 parameters resized: embed/position",
+        f"init_from={tmp_path} (step 7): 1 parameters unused: embed/class_token",
+    ]
 
 
 def test_settings_that_pretrained_parameters_rely_on_are_compared(tmp_path):

@@ -1,10 +1,11 @@
 """Lists of files and of class names as people and data sets publish them, and where the listed files are on disk.
 
-Layouts: plain (`path label` or `path`, with any usual separator, with or without a header), and Kinetics, Something-Something v2 and Moments in Time
-as published. Faults are told with the file and the line.
+Layouts: plain (`path label`, `path label|label` or `path`, with any usual separator, with or without a header), and what is published with Kinetics,
+mini-Kinetics, Something-Something v2, Moments in Time, UCF101, Tiny-ImageNet and ImageNet. Faults are told with the file and the line.
 """
 
 import csv
+import functools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ EXTENSIONS = {
     "image": frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff .ppm .pgm .gif .avif .jp2".split()),
 }
 SHOWN = 5  # faults of one kind that are named; the others are counted
+WORDNET_ID = r"n\d{8}"  # ImageNet's name of a class
 
 
 def some(items: Iterable) -> str:
@@ -31,7 +33,7 @@ def some(items: Iterable) -> str:
 
 
 def has_extension(path: str, media: str) -> bool:
-    return os.path.splitext(path)[1].lower() in EXTENSIONS[media]
+    return path[path.rfind(".") :].lower() in EXTENSIONS[media]
 
 
 @dataclass
@@ -39,16 +41,21 @@ class Rows:
     """The lines of one list. For published layouts a key is what the list calls the file: its name without extension, or its path in the release."""
 
     file: Path
-    layout: str  # plain, kinetics, something or moments
+    layout: str  # plain, kinetics, youtube (mini-Kinetics), something, moments, ucf, tiny (Tiny-ImageNet) or imagenet
     keys: list[str]
     labels: list[str]  # as written; "" where a line has none
     lines: Sequence[int]  # line (or JSON entry) numbers, from 1
 
 
+def name_files(what: str, data_root: Path) -> list[Path]:
+    """The paths that a comma-separated `what` stands for (one path, if a file with such a name is there)."""
+    whole = data_root / Path(what).expanduser()
+    return [whole] if whole.exists() else [data_root / Path(part.strip()).expanduser() for part in what.split(",") if part.strip()]
+
+
 def list_files(what: str, data_root: Path) -> list[Path]:
     """The list files that a comma-separated `what` names."""
-    whole = data_root / Path(what).expanduser()
-    files = [whole] if whole.exists() else [data_root / Path(part.strip()).expanduser() for part in what.split(",") if part.strip()]
+    files = name_files(what, data_root)
     problems = [f"{file} does not exist: correct the path, or data_root" for file in files if not file.exists()]
     problems += [f"{file} is a folder: name a list in it, or set source=folder if it has one folder per class" for file in files if file.is_dir()]
     if problems or not files:
@@ -83,6 +90,16 @@ def read_known(file: Path) -> Rows:
         return read_kinetics(file, lines[1:], header)
     if all(is_moments(split_line(line, ",")) for _, line in lines[:20]):
         return read_moments(file, lines)
+    if header == ["imageid", "predictionstring"]:
+        return read_pattern(file, lines[1:], "imagenet")
+    for layout in ("ucf", "tiny"):
+        # lists of UCF101 that number classes from 0 are other people's, with an order of their own
+        if all(PATTERNS[layout][0].fullmatch(line) for _, line in lines[:20]) and not any(line.endswith(" 0") for _, line in lines):
+            return read_pattern(file, lines, layout)
+    if all(re.fullmatch(WORDNET_ID, line) for _, line in lines) or GROUND_TRUTH.fullmatch(file.name):
+        return read_ground_truth(file, lines)
+    if all(re.fullmatch(r"[\w-]{11}", line, re.ASCII) for _, line in lines):
+        return Rows(file, "youtube", [line for _, line in lines], [""] * len(lines), [number for number, _ in lines])
     return read_plain(file, lines)
 
 
@@ -91,6 +108,13 @@ def split_line(line: str, separator: str) -> list[str]:
     if '"' not in line:
         return line.split(separator)
     return next(csv.reader([line], delimiter=separator, skipinitialspace=separator != " "))
+
+
+def split_lines(lines: list[tuple[int, str]]) -> list[list[str]]:
+    """The fields of comma-separated lines, as `split_line` gives them, in a fraction of the time."""
+    quotes = {line.count('"') % 2 if '"' in line else 2 for _, line in lines}  # 0: pairs, 1: one is never closed, 2: none
+    rows = list(csv.reader([line for _, line in lines], skipinitialspace=True)) if 0 in quotes and 1 not in quotes else []
+    return rows if len(rows) == len(lines) else [split_line(line, ",") for _, line in lines]
 
 
 def path_and_label(line: str, separator: str) -> tuple[str, str]:
@@ -106,6 +130,7 @@ def is_media(path: str) -> bool:
     return has_extension(path, "video") or has_extension(path, "image")
 
 
+@functools.lru_cache(4096)  # votes, seconds and class numbers are few
 def is_integer(text: str) -> bool:
     return bool(re.fullmatch(r"[+-]?[0-9]+", text))
 
@@ -122,10 +147,11 @@ def find_separator(sample: list[str]) -> str:
     def score(separator):
         pairs = [path_and_label(line, separator) for line in sample]
         labels = [label for _, label in pairs if label]
-        return sum(is_media(path) for path, label in pairs if label), sum(map(is_integer, labels)), len(labels)
+        unlabelled = sum(is_media(path) for (path, label), line in zip(pairs, sample, strict=True) if line.endswith(separator))  # `path,`
+        return sum(is_media(path) for path, label in pairs if label), sum(map(is_integer, labels)), len(labels), unlabelled
 
     scores = {separator: score(separator) for separator in SEPARATORS}
-    if sum(is_media(line.strip('"')) for line in sample) > max(named for named, _, _ in scores.values()):
+    if sum(is_media(line.strip('"')) for line in sample) > max(named for named, *_ in scores.values()):
         return ""
     return max(scores, key=scores.get)  # the first of equals
 
@@ -170,7 +196,8 @@ def is_header(line: str, separator: str, sample: list[str]) -> bool:
     if not separator or line is sample[0]:
         return False
     path, label = path_and_label(line, separator)
-    return not is_media(path) and not is_integer(label) and is_numeric([path_and_label(other, separator)[1] for other in sample])
+    labels = [text for other in sample for text in split_labels(path_and_label(other, separator)[1])]
+    return not is_media(path) and not is_integer(label) and is_numeric(labels)
 
 
 def read_kinetics(file: Path, lines: list[tuple[int, str]], header: list[str]) -> Rows:
@@ -179,12 +206,12 @@ def read_kinetics(file: Path, lines: list[tuple[int, str]], header: list[str]) -
         raise UserError(f"{file} has no column label: Kinetics' test list has no labels; use the train and validation lists")
     columns = [header.index(word) for word in ("label", "youtube_id", "time_start", "time_end")]
     keys, labels, bad = [], [], []
-    for number, line in lines:
+    seconds = functools.lru_cache(4096)(lambda text: f"{int(float(text)):06d}")
+    for (number, _), fields in zip(lines, split_lines(lines), strict=True):
         try:
-            fields = split_line(line, ",")
-            label, video, start, end = (fields[column].strip() for column in columns)
-            keys.append(f"{video}_{int(float(start)):06d}_{int(float(end)):06d}")
-            labels.append(label)
+            label, video, start, end = (fields[column] for column in columns)
+            keys.append(f"{video.strip()}_{seconds(start)}_{seconds(end)}")
+            labels.append(label.strip())
         except (IndexError, ValueError, OverflowError):
             bad.append(number)
     if bad:
@@ -198,7 +225,7 @@ def is_moments(fields: list[str]) -> bool:
 
 def read_moments(file: Path, lines: list[tuple[int, str]]) -> Rows:
     """Moments in Time as published: file, class, number of annotators who agree, number who disagree."""
-    fields = [split_line(line, ",") for _, line in lines]
+    fields = split_lines(lines)
     bad = [number for (number, _), values in zip(lines, fields, strict=True) if not is_moments(values)]
     if bad:
         raise UserError(f"{file} line {some(bad)}: not file,class,votes,votes as in the lines before")
@@ -221,12 +248,67 @@ def read_something(file: Path, text: str) -> Rows:
     return Rows(file, "something", keys, [re.sub(r"[\[\]]", "", entry["template"]) for entry in entries], range(1, len(keys) + 1))
 
 
+PATTERNS = {  # layout -> its lines, and what they are in words
+    "ucf": (re.compile(r"(?P<key>(?P<label>\w+)/v_\w+_g\d+_c\d+\.avi)( +\d+)?", re.ASCII), "CLASS/v_CLASS_gNN_cNN.avi and perhaps a number"),
+    "tiny": (re.compile(rf"(?P<key>\w+\.JPEG)\t(?P<label>{WORDNET_ID})(\t\d+){{4}}", re.ASCII), "file, class and the four numbers of a box"),
+    "imagenet": (re.compile(rf"(?P<key>\w+),(?P<label>{WORDNET_ID})( .*)?", re.ASCII), "ImageId,PredictionString"),
+}
+
+
+def read_pattern(file: Path, lines: list[tuple[int, str]], layout: str) -> Rows:
+    """Lists whose lines have one form throughout: UCF101 (trainlistNN.txt, testlistNN.txt), Tiny-ImageNet (val_annotations.txt) and ImageNet's
+    solutions at Kaggle (LOC_val_solution.csv). The class of a UCF101 video is its folder: the test lists have no numbers."""
+    pattern, form = PATTERNS[layout]
+    matches = [pattern.fullmatch(line) for _, line in lines]
+    bad = [number for (number, _), match in zip(lines, matches, strict=True) if not match]
+    if bad:
+        raise UserError(f"{file} line {some(bad)}: not {form} as in the lines before")
+    folder = "images/" if layout == "tiny" else ""
+    return Rows(file, layout, [folder + match["key"] for match in matches], [match["label"] for match in matches], [number for number, _ in lines])
+
+
+GROUND_TRUTH = re.compile(r"ILSVRC\d+_validation_ground_truth\.txt")
+
+
+def read_ground_truth(file: Path, lines: list[tuple[int, str]]) -> Rows:
+    """ImageNet's validation classes in the order of the files: WordNet ids, or the development kit's numbers, whose ids are in meta.mat beside it."""
+    classes = [line for _, line in lines]
+    if GROUND_TRUTH.fullmatch(file.name):
+        ids = read_synsets(file.parent / "meta.mat")
+        bad = [number for number, line in lines if line not in ids]
+        if bad:
+            raise UserError(f"{file} line {some(bad)}: not a number of a class in {file.parent / 'meta.mat'}")
+        classes = [ids[line] for line in classes]
+    return Rows(file, "imagenet", [f"ILSVRC2012_val_{i:08d}" for i in range(1, len(lines) + 1)], classes, [number for number, _ in lines])
+
+
+def read_synsets(file: Path) -> dict[str, str]:
+    """The number (as text) -> WordNet id table of ImageNet's development kit."""
+    from scipy.io import loadmat  # comes with JAX
+
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: it says which classes the numbers of the ground truth mean; copy it from the development kit")
+    try:
+        synsets = loadmat(file, squeeze_me=True)["synsets"]
+        return {str(int(number)): str(name) for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
+    except Exception as error:  # a damaged file can make the reader raise anything
+        raise UserError(f"{file} is not the development kit's table of classes ({error}): copy it again") from None
+
+
+def add_kinetics(rows: Rows, kinetics: list[Rows]) -> tuple[Rows, list[str]]:
+    """Gives YouTube ids (mini-Kinetics) the classes and times that Kinetics' own lists have for them; also returns the ids that these lack."""
+    names = {key.rsplit("_", 2)[0]: (key, label) for known in kinetics for key, label in zip(known.keys, known.labels, strict=True)}
+    found = [(*names[key], line) for key, line in zip(rows.keys, rows.lines, strict=True) if key in names]
+    keys, labels, lines = map(list, zip(*found, strict=True)) if found else ([], [], [])
+    return Rows(rows.file, "kinetics", keys, labels, lines), [key for key in rows.keys if key not in names]
+
+
 # Labels --------------------------------------------------------------------------------------------------------------------------------------
 
 
 def published_labels(rows: Rows) -> Path | None:
     """The label file that comes with a published list and lies beside it, if any."""
-    names = {"something": ("labels.json", "something-something-v2-labels.json"), "moments": ("moments_categories.txt",)}
+    names = {"something": ("labels.json", "something-something-v2-labels.json"), "moments": ("moments_categories.txt",), "ucf": ("classInd.txt",)}
     return next((rows.file.parent / name for name in names.get(rows.layout, ()) if (rows.file.parent / name).exists()), None)
 
 
@@ -254,6 +336,13 @@ def read_labels(file: Path) -> tuple[tuple[str, ...], dict[str, int]]:
             if lookup.setdefault(alias, number) != number:
                 ambiguous.add(alias)
     return tuple(aliases[-1] for aliases in names), {alias: number for alias, number in lookup.items() if alias not in ambiguous}
+
+
+def read_wordnet(file: Path) -> dict[str, str] | None:
+    """WordNet id -> name, of a file with lines `n01440764 tench, Tinca tinca` (words.txt, LOC_synset_mapping.txt); None for other label files."""
+    lines = [line.strip() for line in file.read_bytes().decode("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
+    matches = [re.fullmatch(rf"({WORDNET_ID})\s+(.+)", line) for line in lines]
+    return dict(match.groups() for match in matches) if matches and all(matches) else None
 
 
 def text_names(text: str) -> list[list[str]]:
@@ -289,6 +378,51 @@ def labels_of(texts: list[str], classes: int) -> tuple[tuple[str, ...], dict[str
         return tuple(map(str, range(max(count, 0)))), None
     names = tuple(sorted(set(texts) - {""}))
     return names, {name: number for number, name in enumerate(names)}
+
+
+def split_labels(text: str) -> list[str]:
+    """The labels of a multilabel line, `a|b`; "" has none."""
+    return [label for part in text.split("|") if (label := part.strip())]
+
+
+def one_label_per_row(lists: list[Rows]) -> tuple[list[Rows], np.ndarray]:
+    """Multilabel lists with a row for each label of each line: `path,a|b` becomes two, and a line without a label none.
+
+    Returns:
+      The lists, and which of the given rows, counted over all lists, each new row comes from: int64[L].
+    """
+    expanded, owners, before = [], [np.zeros(0, np.int64)], 0
+    for rows in lists:
+        texts = [split_labels(text) for text in rows.labels]
+        owner = np.repeat(np.arange(len(texts)), [len(labels) for labels in texts])
+        labels = [label for labels in texts for label in labels]
+        expanded.append(Rows(rows.file, rows.layout, [rows.keys[i] for i in owner], labels, [rows.lines[i] for i in owner]))
+        owners.append(before + owner)
+        before += len(texts)
+    return expanded, np.concatenate(owners)
+
+
+def one_row_per_file(paths: list[str], owners: np.ndarray, labels: np.ndarray, classes: int) -> tuple[list[str], np.ndarray]:
+    """Gathers the labels of each file of multilabel lists, whether they stand in one line or in several.
+
+    Args:
+      paths: of every line; "" for a file that is not there, which is left out.
+      owners: int[L], the line that each label is from, and `labels`, int[L], its class number in 0..classes-1.
+
+    Returns:
+      The N paths without repetition, in order; and int32[N, K], the classes of each in order and without repetition, filled up by -1. K is the most
+      that any of them has, at least 1.
+    """
+    numbers = {}
+    file = np.array([numbers.setdefault(path, len(numbers)) if path else -1 for path in paths], np.int64)[owners]  # [L]
+    file, labels = file[file >= 0], labels[file >= 0].astype(np.int64)
+    first = np.sort(np.unique(file * classes + labels, return_index=True)[1])  # where a file gets a label that it has not yet
+    first = first[np.argsort(file[first], kind="stable")]
+    file, labels = file[first], labels[first]
+    counts = np.bincount(file, minlength=len(numbers))
+    targets = np.full((len(numbers), max(1, counts.max(initial=0))), -1, np.int32)
+    targets[file, np.arange(len(file)) - (np.cumsum(counts) - counts)[file]] = labels
+    return list(numbers), targets
 
 
 def number_labels(lists: list[Rows], labels: tuple[str, ...], lookup: dict[str, int] | None) -> tuple[np.ndarray, list[str]]:
@@ -335,11 +469,12 @@ def locate(rows: Rows, root: str, media: str) -> list[str]:
     """
     if not os.path.isdir(root):
         raise UserError(f"root {root} is not a folder: set root to the folder that the paths of {rows.file} start from")
-    if rows.layout in ("kinetics", "something"):
+    if rows.layout in ("kinetics", "youtube", "something", "imagenet"):
         by_stem = {}
         for path in walk(root, depth=4):
             if has_extension(path, media):
-                by_stem.setdefault(os.path.splitext(os.path.basename(path))[0], os.path.join(root, path))
+                stem = os.path.splitext(os.path.basename(path))[0]
+                by_stem.setdefault(stem[:11] if rows.layout == "youtube" else stem, os.path.join(root, path))
         return [by_stem.get(key, "") for key in rows.keys]
     found = existing(root, rows.keys)
     if rows.layout == "moments":

@@ -4,8 +4,8 @@ Everything is random-access: the tuple of step i is a function of (config, seed,
 hosts or devices. So the data position of a run is its step number, and a checkpoint holds no iterator state.
 
 A stream is a sequence of batches of one clip shape. The schedule says which streams a step reads: `mixed` has one stream per clip shape, with the
-tasks of that shape drawn in proportion to their sizes, and reads all of them (CoVeR 4.1); `round_robin` has one per task and reads them in turn
-(IV-ViT 5.3).
+tasks of that shape drawn in proportion to their sizes, and reads all of them (CoVeR 4.1). The others have one stream per task: `accumulated` reads
+all of them in every step, the rest one in each, in an order that is fixed beforehand (IV-ViT 5.3; PolyViT, arXiv:2111.12993, section 3.3).
 """
 
 import contextlib
@@ -84,6 +84,20 @@ def union_size(config: ConfigDict, tasks: dict[str, Task]) -> float:
     return sum(len(task.train) * config.tasks[name].sample_weight for name, task in tasks.items())
 
 
+def steps_per_epoch(config: ConfigDict, tasks: dict[str, Task]) -> float:
+    """Steps that show as many examples as one epoch has (`union_size`), whichever they are: only `mixed` shows each set in proportion to its size.
+
+    Where batches of tasks differ in size, a step counts as the mean over the schedule's steps (for `uniform`, over the tasks).
+    """
+    if config.schedule == "mixed":
+        return union_size(config, tasks) / config.batch_size
+    sizes = _batch_sizes(config, tasks)
+    if config.schedule == "accumulated":
+        return union_size(config, tasks) / sum(sizes)
+    weights = _step_weights(config, tasks) if config.schedule in ("task_by_task", "weighted") else [1] * len(tasks)
+    return union_size(config, tasks) * sum(weights) / sum(weight * size for weight, size in zip(weights, sizes, strict=True))
+
+
 @dataclass(frozen=True)
 class Stream:
     """Batches of one clip shape, cut from one endless sequence in which the tasks alternate."""
@@ -101,35 +115,62 @@ class Stream:
     def shape(self) -> tuple[int, int, int, int]:
         return self.tasks[0].clip.shape
 
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """() or, where a task is multilabel, (K,) with room for the most labels of any example."""
+        return max(task.train.label_shape for task in self.tasks)
+
     def __getitem__(self, i: int) -> dict:
         """Example i of the endless sequence, decoded."""
         before, after = _counts(i, self.weights), _counts(i + 1, self.weights)
         task = next(t for t in range(len(before)) if before[t] < after[t])
-        return self.examples[task][before[task]]
+        row = self.examples[task][before[task]]
+        return row | {"label": _filled_up(row["label"], self.label_shape)}
 
 
 class Mixture:
     """The training data of a run: `mixture.step(i)`, or `mixture.iterate(i)` for the same with decoding ahead.
 
-    A batch is `{"pixels": uint8[B, T, H, W, 3], "label": int32[B], "task": int32[B], "mask": bool[B]}`, B rows of this process. Rows whose mask is
-    False only fill up the global batch to a multiple of `row_multiple` (the devices that share a batch), or stand for a file that can't be decoded
-    and has no substitute either.
+    A batch is `{"pixels": uint8[B, T, H, W, 3], "label": int32[B], "task": int32[B], "mask": bool[B]}`, B rows of this process. Where a task of its
+    stream is multilabel, labels are int32[B, K], filled up by -1, with the same K in all batches of the stream. Rows whose mask is False only fill
+    up the global batch to a multiple of `row_multiple` (the devices that share a batch), or stand for a file that can't be decoded and has no
+    substitute either.
     """
 
-    def __init__(self, config: ConfigDict, tasks: dict[str, Task], *, process: int = 0, processes: int = 1, row_multiple: int = 1):
+    def __init__(self, config: ConfigDict, tasks: dict[str, Task], total_steps: int, *, process: int = 0, processes: int = 1, row_multiple: int = 1):
+        """Raises UserError if a batch or the run (`total_steps`, of which `task_by_task` and `weighted` take shares) is too small for all tasks."""
         self.tasks = {name: task for name, task in tasks.items() if task.train is not None}
         self.union = union_size(config, self.tasks)
-        self.steps_per_epoch = self.union / config.batch_size
+        self.steps_per_epoch = steps_per_epoch(config, self.tasks)
         self.bad: dict[str, dict[int, str]] = {name: {} for name in self.tasks}  # task -> {file: reason}, as met so far by this process
         self._data = config.data
-        self._streams_per_step, self.streams = SCHEDULES[config.schedule](config, self.tasks)
+        self.streams, order = SCHEDULES[config.schedule](config, self.tasks, total_steps)
+        self._order = None if order is None else order.astype(np.int16)  # which stream each step reads, then from the start again; None: all of them
+        if order is not None:
+            self.steps_of = np.bincount(order, minlength=len(self.streams))  # how many steps read each stream, of one run through the order
+            self._before = np.empty(len(order), np.int32)  # of them, those before each step
+            for s, steps in enumerate(self.steps_of):
+                self._before[order == s] = np.arange(steps)
         self.rows = [_rows_of(process, processes, math.ceil(stream.batch_size / row_multiple) * row_multiple) for stream in self.streams]
 
     def plan(self, step: int) -> list[tuple[int, int]]:
-        """Which batches step `step` takes: (stream, position in the stream)."""
-        if self._streams_per_step == len(self.streams):
+        """Which batches step `step` takes: (stream, position in the stream). From total_steps on the order starts again, and streams go on."""
+        if self._order is None:
             return [(s, step) for s in range(len(self.streams))]
-        return [(step % len(self.streams), step // len(self.streams))]
+        turn, i = divmod(step, len(self._order))
+        s = int(self._order[i])
+        return [(s, turn * int(self.steps_of[s]) + int(self._before[i]))]
+
+    def examples(self, step: int) -> int:
+        """Number of examples in a step, over all processes."""
+        return sum(self.streams[s].batch_size for s, _ in self.plan(step))
+
+    def kinds(self) -> dict[int, float]:
+        """The first step of each kind, that is with the same streams, and the share of all steps that are of its kind."""
+        if self._order is None:
+            return {0: 1.0}
+        _, first, counts = np.unique(self._order, return_index=True, return_counts=True)
+        return dict(zip(first.tolist(), (counts / len(self._order)).tolist(), strict=True))
 
     def step(self, step: int) -> tuple[dict, ...]:
         """The tuple of batches of one step, decoded here and now."""
@@ -145,11 +186,11 @@ class Mixture:
           UserError: more files of a task than `data.max_bad_share` of its training set can't be decoded.
         """
         workers = self._data.workers
-        rows = sum(len(self.rows[s]) for s, _ in self.plan(start))  # the same in every step
-        batch_bytes = [len(rows) * math.prod(stream.shape) for stream, rows in zip(self.streams, self.rows, strict=True)]
-        most_bytes = sum(sorted(batch_bytes)[-self._streams_per_step :])
+        rows = [len(rows) for rows in self.rows]
+        batch_bytes = [count * math.prod(stream.shape) for stream, count in zip(self.streams, rows, strict=True)]
+        fewest_rows, most_bytes = (sum(rows), sum(batch_bytes)) if self._order is None else (min(rows), max(batch_bytes))
         steps = _Steps(self, max(1, (self._data.threads or cores()) // max(workers, 1)))
-        with contextlib.closing(decode_ahead(steps, range(start, sys.maxsize), rows, self._data.prefetch, workers, most_bytes)) as tuples:
+        with contextlib.closing(decode_ahead(steps, range(start, sys.maxsize), fewest_rows, self._data.prefetch, workers, most_bytes)) as tuples:
             for batches in map(self._checked, tuples):
                 if workers:  # copies shared memory, which grain frees only while the interpreter is whole
                     batches = tuple({name: np.array(column) for name, column in batch.items()} for batch in batches)
@@ -177,8 +218,9 @@ def evaluation_batches(
     """Yields the validation split once, in order, decoded ahead in threads; the more views, the fewer batches ahead.
 
     A batch is `{"pixels": uint8[B, V, T, H, W, 3], "label": int32[B], "index": int32[B], "mask": bool[B], "bad": [...]}`: the B rows of this process,
-    batch_size / processes, with V = temporal x spatial views. Every process yields the same number of batches. A row whose mask is False is filling,
-    or a file that can't be decoded (named in `bad` as (task, index, reason)).
+    batch_size / processes, with V = temporal x spatial views; the labels of a multilabel task are int32[B, K], filled up by -1.
+    Every process yields the same number of batches. A row whose mask is False is filling, or a file that can't be decoded (named in `bad` as
+    (task, index, reason)).
     """
     decoder = _ViewBatches(task, batch_size, _rows_of(process, processes, batch_size), (temporal, spatial), config.data.threads or cores())
     numbers = range(math.ceil(len(task.val) / batch_size))
@@ -186,10 +228,10 @@ def evaluation_batches(
     return decode_ahead(decoder, numbers, batch_size // processes, prefetch)
 
 
-# Schedules
+# Schedules: (config, tasks, total_steps) -> streams, and which of them each step reads (int[n], then from the start again; None: all in every step)
 
 
-def _mixed(config: ConfigDict, tasks: dict[str, Task]) -> tuple[int, list[Stream]]:
+def _mixed(config: ConfigDict, tasks: dict[str, Task], total_steps: int) -> tuple[list[Stream], None]:
     """One stream per clip shape, read side by side; batch_size is shared out in proportion to the examples behind each."""
     groups: dict[tuple, list[Task]] = {}
     for task in tasks.values():
@@ -197,15 +239,79 @@ def _mixed(config: ConfigDict, tasks: dict[str, Task]) -> tuple[int, list[Stream
     if config.batch_size < len(groups):
         raise UserError(f"batch_size={config.batch_size}, but the tasks have {len(groups)} clip shapes and each needs a row: enlarge it")
     sizes = _largest_remainder([union_size(config, {task.name: task for task in group}) for group in groups.values()], config.batch_size)
-    return len(groups), [_stream(config, group, size) for group, size in zip(groups.values(), sizes, strict=True)]
+    return [_stream(config, group, size) for group, size in zip(groups.values(), sizes, strict=True)], None
 
 
-def _round_robin(config: ConfigDict, tasks: dict[str, Task]) -> tuple[int, list[Stream]]:
-    """One stream per task, one read per step, in `task_order`."""
-    return 1, [_stream(config, [tasks[name]], config.batch_size) for name in config.task_order or tasks]
+def _round_robin(config: ConfigDict, tasks: dict[str, Task], total_steps: int) -> tuple[list[Stream], np.ndarray]:
+    """One step of each task in `task_order`, again and again."""
+    return _one_per_task(config, _ordered(config, tasks)), np.arange(len(tasks))
 
 
-SCHEDULES = {"mixed": _mixed, "round_robin": _round_robin}
+def _task_by_task(config: ConfigDict, tasks: dict[str, Task], total_steps: int) -> tuple[list[Stream], np.ndarray]:
+    """All steps of the first task in `task_order`, then all of the next."""
+    tasks = _ordered(config, tasks)
+    return _one_per_task(config, tasks), np.repeat(np.arange(len(tasks)), _steps(config, tasks, total_steps))
+
+
+def _uniform(config: ConfigDict, tasks: dict[str, Task], total_steps: int) -> tuple[list[Stream], np.ndarray]:
+    """Each step's task is drawn with equal probabilities; a longer run begins like a shorter one."""
+    return _one_per_task(config, tasks), _order_rng(config).integers(len(tasks), size=total_steps)
+
+
+def _weighted(config: ConfigDict, tasks: dict[str, Task], total_steps: int) -> tuple[list[Stream], np.ndarray]:
+    """The steps of `task_by_task`, shuffled: probabilities in proportion to the tasks' steps, and exact counts."""
+    return _one_per_task(config, tasks), _order_rng(config).permutation(np.repeat(np.arange(len(tasks)), _steps(config, tasks, total_steps)))
+
+
+def _accumulated(config: ConfigDict, tasks: dict[str, Task], total_steps: int) -> tuple[list[Stream], None]:
+    """One batch of each task in every step; the loss `per_task` makes the sum of their gradients of it."""
+    return _one_per_task(config, tasks), None
+
+
+SCHEDULES = {
+    "mixed": _mixed,
+    "round_robin": _round_robin,
+    "alternating": _round_robin,
+    "task_by_task": _task_by_task,
+    "uniform": _uniform,
+    "weighted": _weighted,
+    "accumulated": _accumulated,
+}
+
+
+def _ordered(config: ConfigDict, tasks: dict[str, Task]) -> dict[str, Task]:
+    return {name: tasks[name] for name in config.task_order or tasks}
+
+
+def _order_rng(config: ConfigDict) -> np.random.Generator:
+    return np.random.default_rng([config.seed, zlib.crc32(b"order of tasks")])
+
+
+def _one_per_task(config: ConfigDict, tasks: dict[str, Task]) -> list[Stream]:
+    return [_stream(config, [task], size) for task, size in zip(tasks.values(), _batch_sizes(config, tasks), strict=True)]
+
+
+def _batch_sizes(config: ConfigDict, tasks: dict[str, Task]) -> list[int]:
+    """Examples per batch of each task, where batches are of one task."""
+    share = [config.batch_size] * len(tasks)
+    if config.schedule == "accumulated":  # evenly; the first ones have one more
+        share = [(config.batch_size + len(tasks) - 1 - i) // len(tasks) for i in range(len(tasks))]
+    sizes = [config.tasks[name].batch_size or size for name, size in zip(tasks, share, strict=True)]
+    if 0 in sizes:
+        raise UserError(f"batch_size={config.batch_size} is shared out over {len(tasks)} tasks, and each needs a row: enlarge it, or set their own")
+    return sizes
+
+
+def _step_weights(config: ConfigDict, tasks: dict[str, Task]) -> list[float]:
+    """What the numbers of steps of the tasks are in proportion to."""
+    return [config.tasks[name].steps or union_size(config, {name: task}) for name, task in tasks.items()]
+
+
+def _steps(config: ConfigDict, tasks: dict[str, Task], total_steps: int) -> list[int]:
+    """Each task's share of total_steps."""
+    if total_steps < len(tasks):
+        raise UserError(f"total_steps={total_steps}, but there are {len(tasks)} tasks and each needs a step: train longer")
+    return _largest_remainder(_step_weights(config, tasks), total_steps)
 
 
 def _largest_remainder(weights: list[float], total: int) -> list[int]:
@@ -276,6 +382,13 @@ def _counts(n: int, weights: tuple[int, ...]) -> list[int]:
     return counts
 
 
+def _filled_up(label: int | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A label, or several, as int32[shape]; what is left is -1."""
+    result = np.full(shape, -1, np.int32)
+    result.reshape(-1)[: np.size(label)] = label
+    return result
+
+
 def _rows_of(process: int, processes: int, rows: int) -> range:
     """Which of a global batch's `rows` a process holds."""
     if rows % processes:
@@ -319,7 +432,8 @@ class _Steps(Decoder):
 
     def _start(self, stream: Stream, position: int, rows: range) -> Callable[[], dict]:
         examples = range(position * stream.batch_size, (position + 1) * stream.batch_size)[rows.start : rows.stop]
-        return self.start_batch(stream.__getitem__, examples, len(rows), stream.shape, {"label": np.int32, "task": np.int32, "mask": bool})
+        fields = {"label": np.dtype((np.int32, stream.label_shape)), "task": np.int32, "mask": bool}
+        return self.start_batch(stream.__getitem__, examples, len(rows), stream.shape, fields)
 
 
 class _ViewBatches(Decoder):
@@ -333,7 +447,8 @@ class _ViewBatches(Decoder):
         first = int(number) * self._batch_size
         examples = range(len(self._task.val))[first + self._rows.start : first + self._rows.stop]
         shape = (math.prod(self._view_counts), *self._task.clip.shape)
-        return self.start_batch(self._row, examples, len(self._rows), shape, {"label": np.int32, "index": np.int32, "mask": bool})()
+        fields = {"label": np.dtype((np.int32, self._task.val.label_shape)), "index": np.int32, "mask": bool}
+        return self.start_batch(self._row, examples, len(self._rows), shape, fields)()
 
     def _row(self, index: int) -> dict:
         try:

@@ -1,7 +1,8 @@
 """Sources: what a task's `source`, `train` and `val` name, as a random-access list of (file or bytes, label). Nothing is decoded here.
 
-Kinds: `csv` (lists of `path label`, and Kinetics, Something-Something and Moments in Time as published), `folder` (a folder or zip with one
-folder per class), `tfds` (a dataset prepared by TensorFlow Datasets) and `demo` (the embedded dataset). All of a list's faults are reported together.
+Kinds: `csv` (lists of `path label`, or `path label|label` in multilabel tasks, and lists as published, see lists.py), `folder` (a folder or zip with
+one folder per class; `val` may be a list), `smarthome` (Toyota Smarthome, whose file names hold classes and splits), `tfds` (a dataset prepared by
+TensorFlow Datasets) and `demo` (the embedded dataset). Everything that is missing is reported together, and so are all faults of a list.
 """
 
 import os
@@ -17,20 +18,29 @@ from vidjoint.data.archives import list_archive, read_member
 from vidjoint.data.demo import demo_folder
 from vidjoint.data.lists import (
     EXTENSIONS,
+    Rows,
+    add_kinetics,
     has_extension,
     is_numeric,
     labels_of,
     list_files,
     locate,
+    name_files,
     number_labels,
+    one_label_per_row,
+    one_row_per_file,
     plain_name,
     published_labels,
     read_labels,
     read_list,
+    read_wordnet,
     some,
     walk,
 )
+from vidjoint.data.smarthome import SPLITS, find_clips
 from vidjoint.errors import UserError
+
+INCOMPLETE = ("kinetics", "something", "moments")  # published lists of which nobody has all files: some may be missing
 
 
 @dataclass(repr=False, eq=False)
@@ -38,6 +48,7 @@ class Source:
     """Examples of one split of one task, by number. Cheap to index, small in memory, picklable.
 
     `source[i]` is {"video" | "image": path or encoded bytes, "label": int in 0..C-1, "name": str for logs}.
+    In a multilabel task a label is int32[K], filled up by -1; K is the most labels that any file of the lists has, at least 1.
     Reading a damaged member of a zip, or one of a zip that is gone, raises DecodeError.
     """
 
@@ -47,6 +58,11 @@ class Source:
     origin: str  # where it came from, for logs
     missing: int = 0  # files that a published list names and that this copy lacks
     warnings: list[str] = field(default_factory=list)  # oddities that stop nobody; the caller logs them
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """() or, in a multilabel task, (K,)."""
+        return getattr(self.records, "targets", np.zeros(0)).shape[1:]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -88,14 +104,14 @@ class FileRecords:
 
     def __init__(self, paths: Sequence[str], targets: np.ndarray):
         self.names = Names(paths)
-        self.targets = np.asarray(targets, np.int32)  # [N]
+        self.targets = np.asarray(targets, np.int32)  # [N] or [N, K]
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, i: int) -> tuple[str, int, str]:
-        name = self.names[i]
-        return name, int(self.targets[i]), name
+    def __getitem__(self, i: int) -> tuple[str, int | np.ndarray, str]:
+        name, target = self.names[i], self.targets[i]
+        return name, target if target.ndim else int(target), name
 
     def name(self, i: int) -> str:
         return self.names[i]
@@ -189,9 +205,10 @@ def parse_fold(fold: str) -> tuple[int, int]:
 def hold_out(source: Source, part: int, parts: int, split: str) -> Source:
     """Keeps the `part`-th of `parts` parts of the examples ("val"), or all but it ("train").
 
-    Examples are dealt out in turn, class after class, each in its order: every part has its share of every class, within one example.
+    Examples are dealt out in turn, class after class, each in its order: every part has its share of every class, within one example. Of a
+    multilabel task, the first label is the one that counts.
     """
-    by_class = np.argsort(source.records.targets, kind="stable")
+    by_class = np.argsort(source.records.targets.reshape(len(source), -1)[:, 0], kind="stable")
     dealt = np.empty(len(source), np.int64)
     dealt[by_class] = np.arange(len(source)) % parts + 1
     rows = np.flatnonzero((dealt == part) == (split == "val"))
@@ -203,20 +220,22 @@ def hold_out(source: Source, part: int, parts: int, split: str) -> Source:
 
 def empty_classes(labels: tuple[str, ...], targets: np.ndarray) -> list[str]:
     """Warns of classes without examples."""
-    absent = [labels[c] for c in np.flatnonzero(np.bincount(targets, minlength=len(labels)) == 0)]
+    absent = [labels[c] for c in np.flatnonzero(np.bincount(targets[targets >= 0], minlength=len(labels)) == 0)]
     return [f"{len(absent)} of {len(labels)} classes have no examples: {some(absent)}"] if absent else []
 
 
 # csv: lists of files -------------------------------------------------------------------------------------------------------------------------
 
 
-def open_csv(task: ConfigDict, what: str, split: str, data_root: Path) -> Source:
-    lists = [read_list(file) for file in list_files(what, data_root)]
-    texts = [text for rows in lists for text in rows.labels]
-    label_file = data_root / Path(task.labels).expanduser() if task.labels else published_labels(lists[0])
+def open_csv(task: ConfigDict, what: str, split: str, data_root: Path, folders: tuple[tuple[str, ...], dict[str, int]] | None = None) -> Source:
+    """`folders`: class names and name -> number, where training examples lie in class folders and only `what` is a list."""
+    refuse_absent(task, what, data_root)
+    lists, unknown, label_file = read_lists(task, what, data_root)
+    labelled, owners = one_label_per_row(lists) if task.multilabel else (lists, None)
+    texts = [text for rows in labelled for text in rows.labels]
 
-    if label_file:
-        labels, lookup = read_labels(label_file)
+    if folders or label_file:
+        labels, lookup = folders or read_labels(label_file)
         if is_numeric(texts) and not is_numeric(labels):
             lookup = None
     else:
@@ -224,18 +243,30 @@ def open_csv(task: ConfigDict, what: str, split: str, data_root: Path) -> Source
         if split == "val" and what != task.train and not (task.classes and is_numeric(texts)):
             if not task.train:
                 raise UserError(f"the classes of {what} are unknown: set labels to a file with one class name per line (or classes, for numbers)")
-            train = [text for file in list_files(task.train, data_root) for text in read_list(file).labels]
+            others = read_lists(task, task.train, data_root)[0]
+            train = [text for rows in (one_label_per_row(others)[0] if task.multilabel else others) for text in rows.labels]
         labels, lookup = labels_of(train, task.classes)
 
     problems = []
     if task.classes and task.classes != len(labels):
-        where = f"{label_file} has" if label_file else "the training list has"
+        where = "train has" if folders else f"{label_file} has" if label_file else "the training list has"
         advice = "correct classes" if label_file else "correct classes, or give all names in their order in a file named by labels"
         problems.append(f"classes={task.classes}, but {where} {len(labels)} class names: {advice}")
-    targets, faults = number_labels(lists, labels, lookup)
+    targets, faults = number_labels(labelled, labels, lookup)
     problems += faults
 
-    paths, absent, notes = [], [], []
+    paths, absent, notes = [], list(unknown), []
+    if unknown:
+        message = f"{len(unknown)} of {len(unknown) + len(texts)} ids of {what} are not in {task.labels}: {some(unknown)}"
+        if len(unknown) > len(texts):
+            problems.append(f"{message}. More than half is unknown: set labels to Kinetics-400's own lists")
+        else:
+            notes.append(message)
+    if not labels:
+        problems = problems or [f"{what}: no line has a label; write `path,label|label`, or name a file of the classes by labels"]
+    several = [text for text in texts if "|" in text and not (label_file and lookup and text in lookup)]
+    if several:
+        (problems if faults else notes).append(f"{several[0]!r} counts as one label: if it is meant as several, set multilabel=True")
     for rows in lists:
         root = data_root / Path(task.root).expanduser() if task.root else rows.file.parent
         try:
@@ -245,7 +276,7 @@ def open_csv(task: ConfigDict, what: str, split: str, data_root: Path) -> Source
             continue
         missing = [key for key, path in zip(rows.keys, found, strict=True) if not path]
         message = f"{len(missing)} of {len(found)} files of {rows.file} are not in {root}: {some(missing)}"
-        if missing and rows.layout == "plain":
+        if missing and rows.layout not in INCOMPLETE:
             problems.append(f"{message}. Correct root or the list")
         elif 2 * len(missing) > len(found):
             problems.append(f"{message}. More than half is missing: set root to the folder that holds the files")
@@ -256,8 +287,11 @@ def open_csv(task: ConfigDict, what: str, split: str, data_root: Path) -> Source
     if problems:
         raise UserError(*problems)
 
-    if split == "train" and lookup is None and targets.min() == 1:
+    if split == "train" and lookup is None and targets.min(initial=len(labels)) == 1:
         notes.append(f"labels run from 1 to {targets.max()}, so class 0 is empty: numbers should start at 0")
+    if task.multilabel:
+        paths, targets = one_row_per_file(paths, owners, targets, len(labels))
+        return Source(task.media, labels, FileRecords(paths, targets), f"csv {what}", len(set(absent)), notes)
     keep = np.array([bool(path) for path in paths], bool)
     paths = [path for path in paths if path]
     repeated = len(paths) - len(set(paths))
@@ -266,11 +300,55 @@ def open_csv(task: ConfigDict, what: str, split: str, data_root: Path) -> Source
     return Source(task.media, labels, FileRecords(paths, targets[keep]), f"csv {what}", len(absent), notes)
 
 
+def refuse_absent(task: ConfigDict, what: str, data_root: Path) -> None:
+    """Raises UserError if a list, the root or a label file is not there; one line for each that is not."""
+    problems = []
+    try:
+        list_files(what, data_root)
+    except UserError as error:
+        problems += error.lines
+    root = data_root / Path(task.root).expanduser()
+    if task.root and not root.is_dir():
+        problems.append(f"root {root} is not a folder: set root to the folder that the paths of {what} start from")
+    problems += [f"labels: {file} can't be read (no such file): correct the path, or data_root" for file in absent_labels(task, data_root)]
+    if problems:
+        raise UserError(*problems)
+
+
+def absent_labels(task: ConfigDict, data_root: Path) -> list[Path]:
+    return [file for file in name_files(task.labels, data_root) if not file.is_file()] if task.labels else []
+
+
+def read_lists(task: ConfigDict, what: str, data_root: Path) -> tuple[list[Rows], list[str], Path | None]:
+    """Reads list files.
+
+    Returns:
+      The lists; the YouTube ids in them whose class is unknown; the file of class names, None if the training labels themselves are all there is.
+    """
+    lists = [read_list(file) for file in list_files(what, data_root)]
+    if all(rows.layout != "youtube" for rows in lists):
+        label_file = name_files(task.labels, data_root)[0] if task.labels else published_labels(lists[0])
+        return lists, [], label_file
+    kinetics = [read_list(file) for file in list_files(task.labels, data_root)] if task.labels else []
+    if not kinetics or any(rows.layout != "kinetics" for rows in kinetics):
+        where = "kinetics400/train.csv,kinetics400/validate.csv"
+        raise UserError(f"{what} holds YouTube ids without classes: set labels to the lists that have them, as in labels='{where}'")
+    joined = [add_kinetics(rows, kinetics) for rows in lists]
+    return [rows for rows, _ in joined], [key for _, unknown in joined for key in unknown], None
+
+
 # folder: one folder per class, on disk or in a zip -------------------------------------------------------------------------------------------
 
 
 def open_folder(task: ConfigDict, what: str, split: str, data_root: Path) -> Source:
+    """`what` names class folders or, as `val` of such a training set, may name a list (ImageNet's and Tiny-ImageNet's validation files lie flat)."""
     path = data_root / Path(what).expanduser()
+    problems = [] if path.exists() else [f"{path} does not exist: correct the path, or data_root"]
+    problems += [f"labels: {file} can't be read (no such file): correct the path, or data_root" for file in absent_labels(task, data_root)]
+    if problems:
+        raise UserError(*problems)
+    if split == "val" and path.suffix.lower() in (".csv", ".txt") and path.is_file():
+        return open_csv(task, what, split, data_root, read_classes(task, data_root))
     entries, infos = list_folder(path)
     base, classes, files = find_classes(entries, task.media)
     if not files:
@@ -278,17 +356,13 @@ def open_folder(task: ConfigDict, what: str, split: str, data_root: Path) -> Sou
         hint = f"put the {task.media}s of each class into a folder of its own"
         if find_classes(entries, other)[2]:
             hint = f"it has {other}s: set media={other}"
+        elif split == "val" and task.train and any(has_extension(entry, task.media) for entry in entries):
+            hint += ", or set val to the list of their classes and root to this folder"
         raise UserError(f"{path} has no class folders with {task.media}s: {hint}")
     if len(classes) > 1 and {plain_name(name) for name in classes} <= {"train", "training", "val", "valid", "validation", "test", "testing"}:
         raise UserError(f"{path} has a folder per split ({', '.join(classes)}), not per class: set train and val to one of them each")
 
-    if task.labels:
-        labels, lookup = read_labels(data_root / Path(task.labels).expanduser())
-    else:
-        labels = classes
-        if split == "val" and what != task.train and task.train:
-            labels = find_classes(list_folder(data_root / Path(task.train).expanduser())[0], task.media)[1]
-        lookup = {name: number for number, name in enumerate(labels)}
+    labels, lookup = read_classes(task, data_root, classes if split == "train" or what == task.train or not task.train else None)
     problems = []
     if task.classes and task.classes != len(labels):
         problems.append(f"classes={task.classes}, but there are {len(labels)} classes: correct one of them")
@@ -307,6 +381,20 @@ def open_folder(task: ConfigDict, what: str, split: str, data_root: Path) -> Sou
     else:
         records = ZipRecords(str(path), files, targets, np.array([infos[file] for file in files], np.int64))
     return Source(task.media, tuple(labels), records, f"folder {what}", warnings=warnings)
+
+
+def read_classes(task: ConfigDict, data_root: Path, folders: tuple[str, ...] | None = None) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Class names and name -> number of a training set in class folders (listed here if not given): those of `labels`, or the folders, sorted.
+
+    A file of WordNet's names (words.txt), which has more classes than the dataset, names the folders without ordering them.
+    """
+    label_file = data_root / Path(task.labels).expanduser() if task.labels else None
+    words = read_wordnet(label_file) if label_file else {}
+    if words is None:
+        return read_labels(label_file)
+    if folders is None:
+        folders = find_classes(list_folder(data_root / Path(task.train).expanduser())[0], task.media)[1]
+    return tuple(words.get(name, name) for name in folders), {name: number for number, name in enumerate(folders)}
 
 
 def list_folder(path: Path) -> tuple[list[str], dict[str, tuple[int, int, int, int]] | None]:
@@ -337,7 +425,19 @@ def find_classes(entries: list[str], media: str) -> tuple[str, tuple[str, ...], 
         base += classes[0] + "/"
 
 
-# tfds and demo -------------------------------------------------------------------------------------------------------------------------------
+# smarthome, tfds and demo --------------------------------------------------------------------------------------------------------------------
+
+
+def open_smarthome(task: ConfigDict, what: str, split: str, data_root: Path) -> Source:
+    """`what` is `PROTOCOL:PART`, a key of `smarthome.SPLITS`; the clips lie below `root`. Classes are numbered in alphabetical order."""
+    if what not in SPLITS:
+        raise UserError(f"Toyota Smarthome has no {what!r}; choose one of {', '.join(SPLITS)}")
+    labels = tuple(sorted(SPLITS[what][2]))
+    if task.classes and task.classes != len(labels):
+        raise UserError(f"classes={task.classes}, but {what.partition(':')[0]} has {len(labels)}")
+    paths, names, notes = find_clips(str(data_root / Path(task.root).expanduser()), what, task.media)
+    targets = np.array([labels.index(name) for name in names], np.int32)
+    return Source(task.media, labels, FileRecords(paths, targets), f"smarthome {what}", warnings=notes)
 
 
 def open_tfds(task: ConfigDict, what: str, split: str, data_root: Path) -> Source:
@@ -402,4 +502,4 @@ def open_demo(task: ConfigDict, what: str, split: str, data_root: Path) -> Sourc
     return source
 
 
-KINDS = {"csv": open_csv, "folder": open_folder, "tfds": open_tfds, "demo": open_demo}
+KINDS = {"csv": open_csv, "folder": open_folder, "smarthome": open_smarthome, "tfds": open_tfds, "demo": open_demo}

@@ -7,6 +7,7 @@ from flax import nnx
 
 from vidjoint.models.layers import Attention, Mlp, drop_path, layer_norm
 from vidjoint.models.mixers import MIXERS
+from vidjoint.models.mixers.base import Grid
 from vidjoint.models.spec import ViTSpec
 
 
@@ -22,14 +23,17 @@ class Block(nnx.Module):
         self.mlp = Mlp(spec.width, spec.mlp_dim, tanh_gelu=spec.gelu == "tanh", dtype=spec.dtype, rngs=rngs)
         self.mixer = MIXERS[spec.mixer](spec, index, rngs)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """float[B, T, N, D] -> the same, and the mixer's branch features; `key` drives stochastic depth, None turns it off."""
+    def __call__(self, x: jax.Array, key: jax.Array | None, grid: Grid | None = None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """float[B, T, N, D] -> the same, and the mixer's branch features; `key` drives stochastic depth, None turns it off.
+
+        `grid`: rows and columns of the patches of a frame; mixer `motion` cannot do without.
+        """
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         drops = [functools.partial(drop_path, rate=self.drop_rate, key=k) for k in keys]
-        x = self.mixer.before_attention(x, drops[0])
+        x = self.mixer.before_attention(x, drops[0], grid)
         residual, q, k = self.mixer.attend(self.attn, self.norm1(x))
         residual, branches = self.mixer.after_attention(residual, x, q, k)
         x = x + drops[1](residual)
-        x = self.mixer.before_mlp(x, drops[0])
+        x = self.mixer.before_mlp(x, drops[0], grid)
         residual, more = self.mixer.after_mlp(self.mlp(self.norm2(x)), x)
         return x + drops[2](residual), branches + more

@@ -27,11 +27,16 @@ def layer_norm(width: int, eps: float, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, rngs=rngs)
 
 
-def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v for q float[B, N, H, d] and k, v float[B, M, H, d]; returns float[B, N, H, d]."""
+def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(d)) v for q float[B, N, H, d] and k, v float[B, M, H, d]; returns float[B, N, H, d].
+
+    `mask` bool[B, M]: False for keys that no query may see; each sequence must keep one.
+    """
     batch, _, heads, width = q.shape
     q, k, v = (rearrange(x, "b n h d -> (b h) n d") for x in (q, k, v))  # one batch axis: the form that every backend runs fast
     logits = jnp.einsum("bnd,bmd->bnm", q * width**-0.5, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(jnp.repeat(mask, heads, axis=0)[:, None], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return rearrange(jnp.einsum("bnm,bmd->bnd", weights, v), "(b h) n d -> b n h d", b=batch, h=heads)
 
@@ -44,11 +49,12 @@ class Attention(nnx.Module):
         self.qkv = Dense(width, 3 * width, dtype=dtype, rngs=rngs)
         self.proj = Dense(width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """float[..., N, D] -> (output float[..., N, D], q and k float[..., N, H, D / H])."""
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """float[..., N, D] -> (output float[..., N, D], q and k float[..., N, H, D / H]); keys are used where `mask` bool[..., N] is True."""
         *lead, tokens, width = x.shape
         q, k, v = jnp.split(self.qkv(x).reshape(-1, tokens, 3 * self.heads, width // self.heads), 3, axis=2)
-        out = dot_product_attention(q, k, v).reshape(*lead, tokens, width)
+        mask = None if mask is None else jnp.broadcast_to(mask, x.shape[:-1]).reshape(-1, tokens)
+        out = dot_product_attention(q, k, v, mask).reshape(*lead, tokens, width)
         return self.proj(out), q.reshape(*lead, *q.shape[1:]), k.reshape(*lead, *k.shape[1:])
 
 

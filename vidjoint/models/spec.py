@@ -26,6 +26,7 @@ class MotionSpec:
 class AMFlowSpec:
     adapter: str = "parallel"
     bottleneck: int = 684
+    hyper_width: int = 16
     flow: str = "vanilla"
     flow_heads: str = "mean"
     flow_last: str = "zeros"
@@ -98,6 +99,11 @@ class ViTSpec:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches that the position table was made for."""
         return self.image_size // self.patch, self.image_size // self.patch
+
+    @property
+    def times(self) -> int:
+        """Time steps of the tokens of a clip of `frames` frames: rows of tables over time."""
+        return self.frames // self.tubelet
 
     def mixes(self, block: int) -> bool:
         """Whether frames talk in block number `block` (from 0)."""

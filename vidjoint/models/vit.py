@@ -19,6 +19,8 @@ class ViT(nnx.Module):
         self.spec = spec
         self.embed = PatchEmbed(spec, rngs)
         self.blocks = nnx.List([Block(spec, i, rngs) for i in range(spec.depth)])
+        for block in self.blocks[1:]:
+            block.mixer.share(self.blocks[0].mixer)
         self.norm = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
         self.pool = POOLS[spec.pool](spec, rngs)
         branches = [width for block in self.blocks for width in block.mixer.branch_widths]
@@ -30,9 +32,10 @@ class ViT(nnx.Module):
         `key` turns stochastic depth on.
         """
         x, branches = self.embed(pixels), []
-        run = nnx.remat(Block.__call__) if self.spec.remat == "block" else Block.__call__
+        grid = pixels.shape[2] // self.spec.patch, pixels.shape[3] // self.spec.patch
+        run = nnx.remat(Block.__call__, static_argnums=3) if self.spec.remat == "block" else Block.__call__
         for i, block in enumerate(self.blocks):
-            x, more = run(block, x, None if key is None else jax.random.fold_in(key, i))
+            x, more = run(block, x, None if key is None else jax.random.fold_in(key, i), grid)
             branches += more
         return x, branches
 

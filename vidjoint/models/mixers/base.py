@@ -9,6 +9,7 @@ from vidjoint.models.spec import ViTSpec
 
 Drop = Callable[[jax.Array], jax.Array]  # stochastic depth of this block, for a residual float[B, ...]
 Branches = tuple[jax.Array, ...]
+Grid = tuple[int, int]
 
 
 class Mixer(nnx.Module):
@@ -25,7 +26,11 @@ class Mixer(nnx.Module):
         self.prefix = spec.prefix
         self.active = spec.mixes(index)  # in other blocks frames don't talk
 
-    def before_attention(self, x: jax.Array, drop: Drop) -> jax.Array:
+    def share(self, first: "Mixer") -> None:
+        """Takes from the mixer of block 0 what all blocks have in common; that block's name stands before its parameters."""
+
+    def before_attention(self, x: jax.Array, drop: Drop, grid: Grid | None) -> jax.Array:
+        """`grid`: rows and columns of the patches of a frame; None only where the caller of a block has none to give."""
         return x
 
     def attend(self, attention: Callable, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -36,7 +41,7 @@ class Mixer(nnx.Module):
         """The residual that is added to the tokens `x`, and branch features float[B, branch_widths[0]]; `q`, `k` are what `attend` gave."""
         return residual, ()
 
-    def before_mlp(self, x: jax.Array, drop: Drop) -> jax.Array:
+    def before_mlp(self, x: jax.Array, drop: Drop, grid: Grid | None) -> jax.Array:
         return x
 
     def after_mlp(self, residual: jax.Array, x: jax.Array) -> tuple[jax.Array, Branches]:

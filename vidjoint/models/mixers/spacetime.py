@@ -9,8 +9,18 @@ from einops import rearrange
 from flax import nnx
 
 from vidjoint.models.layers import XAVIER, ZEROS, Attention, Dense, layer_norm
-from vidjoint.models.mixers.base import Drop, Mixer
+from vidjoint.models.mixers.base import Drop, Grid, Mixer
 from vidjoint.models.spec import ViTSpec
+
+
+def identity(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+    """An initialiser: the identity matrix."""
+    return jnp.eye(*shape, dtype=dtype)
+
+
+# temporal_init -> how the last layer of a temporal branch starts. With "copied" the attention before it, which `weights.init_from` copies from the
+# spatial one, acts at once (ViViT's copied temporal attention)
+BRANCH_END = {"zero": ZEROS, "copied": identity, "random": XAVIER}
 
 
 class OneClassToken(Mixer):
@@ -23,7 +33,34 @@ class OneClassToken(Mixer):
         return jnp.concatenate([special, residual[:, :, self.prefix :]], axis=2), q, k
 
 
-class Divided(OneClassToken):
+class TemporalBranch(OneClassToken):
+    """Parameters of an attention branch before the spatial attention, which `divided` and `motion` share: norm, attention and a dense layer.
+
+    How the last layer starts is `BRANCH_END`; without the dense layer (`fc=False`) it is the attention's own projection.
+    """
+
+    time_table = True
+
+    def __init__(self, spec: ViTSpec, index: int, rngs: nnx.Rngs, fc: bool = True):
+        super().__init__(spec, index, rngs)
+        self.fc = fc
+        if not self.active:
+            return
+        self.temporal_norm = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
+        self.temporal_attn = Attention(spec.width, spec.heads, dtype=spec.dtype, rngs=rngs)
+        last = Dense(spec.width, spec.width, dtype=spec.dtype, rngs=rngs, kernel_init=BRANCH_END[spec.temporal_init])
+        if fc:
+            self.temporal_fc = last
+        else:
+            self.temporal_attn.proj = last
+
+    def temporal_residual(self, x: jax.Array, drop: Drop, mask: jax.Array | None = None) -> jax.Array:
+        """float[B, sequences, tokens, D] -> what to add to it; `mask` as for `Attention`."""
+        residual = drop(self.temporal_attn(self.temporal_norm(x), mask)[0])
+        return self.temporal_fc(residual) if self.fc else residual
+
+
+class Divided(TemporalBranch):
     """Divided attention: each patch attends to its own place in all frames, then to all patches of its frame.
 
     Follows the published code where the paper differs from it: the class token takes no part in temporal attention, and its spatial residual is
@@ -31,25 +68,16 @@ class Divided(OneClassToken):
     At T = 1 the softmax has one key, and the branch is the affine map fc(W_o W_v LN(x)) (CoVeR, appendix A); `image_temporal="skip"` leaves it out.
     """
 
-    time_table = True
-
     def __init__(self, spec: ViTSpec, index: int, rngs: nnx.Rngs):
         super().__init__(spec, index, rngs)
         self.skip_images = spec.divided.image_temporal == "skip"
-        if not self.active:
-            return
-        init = ZEROS if spec.temporal_init == "zero" else XAVIER
-        self.temporal_norm = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
-        self.temporal_attn = Attention(spec.width, spec.heads, dtype=spec.dtype, rngs=rngs)
-        self.temporal_fc = Dense(spec.width, spec.width, dtype=spec.dtype, rngs=rngs, kernel_init=init)
 
-    def before_attention(self, x: jax.Array, drop: Drop) -> jax.Array:
+    def before_attention(self, x: jax.Array, drop: Drop, grid: Grid | None) -> jax.Array:
         frames = x.shape[1]
         if not self.active or (frames == 1 and self.skip_images):
             return x
         patches = rearrange(x[:, :, self.prefix :], "b t n d -> b n t d")
-        residual = self.temporal_fc(drop(self.temporal_attn(self.temporal_norm(patches))[0]))
-        patches = rearrange(patches + residual, "b n t d -> b t n d")
+        patches = rearrange(patches + self.temporal_residual(patches, drop), "b n t d -> b t n d")
         return jnp.concatenate([x[:, :, : self.prefix], patches], axis=2)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vidjoint.models.mixers.base import Drop, Mixer
+from vidjoint.models.mixers.base import Drop, Grid, Mixer
 from vidjoint.models.spec import ViTSpec
 
 
@@ -34,10 +34,10 @@ class TokenShift(Mixer):
         super().__init__(spec, index, rngs)
         self.settings = spec.token_shift
 
-    def before_attention(self, x: jax.Array, drop: Drop) -> jax.Array:
-        return self.before_mlp(x, drop)
+    def before_attention(self, x: jax.Array, drop: Drop, grid: Grid | None) -> jax.Array:
+        return self.before_mlp(x, drop, grid)
 
-    def before_mlp(self, x: jax.Array, drop: Drop) -> jax.Array:
+    def before_mlp(self, x: jax.Array, drop: Drop, grid: Grid | None) -> jax.Array:
         if x.shape[1] == 1 or not self.active:
             return x
         moving = x.shape[2] if self.settings.tokens == "all" else self.prefix

@@ -1,0 +1,15 @@
+"""MEViT-B/16 on Something-Something v2.
+
+python -m vidjoint.main --config=configs/mevit_ssv2.py:8f --config.data_root=/data --config.init_from=runs/cover_images_b16
+
+8f | 16f: frames per clip (16f unless said). Hardware: 8 GPUs of 32 GB. Published top-1, 1x3 views: 65.7 with 16 frames (table 6).
+"""
+
+from configs import datasets
+from configs.mevit_base import mevit
+from vidjoint.config import choose
+
+
+def get_config(argument: str = ""):
+    (frames,) = choose(argument, ("16f", "8f"))
+    return mevit(frames, ssv2=datasets.ssv2(short_side=(256, 320)))
