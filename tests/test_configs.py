@@ -203,4 +203,4 @@ def test_am_flow_trains_what_the_paper_trains():
         assert (config.model.am_flow.flow, config.model.mixer_blocks) == (flow, blocks)
         trained, frozen = optim.split_frozen(parameters(build(config.model, classes(config))), config.optim.freeze)
         assert set(trained["blocks"]["0"]) == {"mixer"} and "embed" not in trained and "norm" not in trained
-        assert count_parameters(frozen) / 1e6 == pytest.approx(86.58, rel=0.01)
+        assert count_parameters(frozen) / 1e6 == pytest.approx(85.71, rel=0.01)  # DINOv2-B/14 at 224 px

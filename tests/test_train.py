@@ -264,7 +264,7 @@ def test_everything_that_is_missing_is_listed_at_once(capsys, quiet, monkeypatch
     assert lines[-1].startswith(
         "error: init_from=checkpoints/vit_l16_jft is no folder of a run: train that model first, or set init_from='' to start"
     )
-    assert len(lines) == 9 and not (tmp_path / "run").exists()
+    assert len(lines) == len(set(lines)) == 15 and not (tmp_path / "run").exists()
 
 
 def test_mistakes_of_all_kinds_are_listed_together(capsys, quiet, experiment, tmp_path):

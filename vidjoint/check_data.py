@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         description=__doc__.split("\n")[0],
         epilog="Exit status: 0 if every file is good, 1 if any is bad (or missing, or listed with two labels), 2 if the command can't be run.",
     )
-    known = "lines `path label` or `path`, or as Kinetics, Something-Something and Moments in Time publish them"
+    known = "lines `path label` or `path`, or a published list of one of the datasets in configs/datasets.py"
     parser.add_argument("data", nargs="+", help=f"a list of files ({known}), a folder, a zip, or a video or image file")
     parser.add_argument("--root", help="folder that the paths in lists start from (default: each list's own folder)")
     parser.add_argument("--media", choices=sorted(EXTENSIONS), help="what the files are (default: told by their extensions)")

@@ -108,7 +108,7 @@ def base_config() -> ConfigDict:
     f.flow_heads = "mean"  # mean: attention maps are averaged over heads, one number per token; each: one per head
     f.flow_last = "zeros"  # flow of the last frame, which has no next one: zeros or repeat
     f.flow_tokens = "all"  # all: class token and patches are in the attention map, and the class token's flow is set to 0; patches: only these are
-    f.flow_softmax = "keys"  # axis of the softmax: keys or queries
+    f.flow_softmax = "keys"  # axis of the softmax: keys or queries; the sum that gives one number per token is over the other
     f.flow_map = "softmax"  # flow=aligned: what is summed per token, softmax of the attention map or its logits
     f.encoder_width = 684  # aligning encoder: width
     f.encoder_mlp = 1368  # aligning encoder: hidden width

@@ -41,7 +41,7 @@ class Model:
 
     def init(self, key: jax.Array) -> dict:
         """Fresh float32 parameters; jit-able."""
-        return _string_keys(nnx.to_pure_dict(_split(self, nnx.Rngs(key))[1]))
+        return _string_keys(nnx.to_pure_dict(_split(self, Keys(key))[1]))
 
     def abstract(self) -> dict:
         """Shapes and dtypes of the parameters, without computing them."""
@@ -72,14 +72,29 @@ def count_parameters(params) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def _split(model: Model, rngs: nnx.Rngs):
+class Keys:
+    """Draws the keys of `nnx.Rngs(key)`, counted in Python.
+
+    Rngs keeps its count in an array and compares shardings at every draw. Under a trace that question ends in an error message that lists all
+    operations so far, so that the time to trace a model would grow with the square of its size (AM Flow on B/14: 25 s, three times at each start).
+    """
+
+    def __init__(self, key: jax.Array):
+        self.key, self.count = key, 0
+
+    def params(self) -> jax.Array:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
+
+
+def _split(model: Model, rngs: Keys):
     return nnx.split(ViT(model.spec, dict(model.classes), rngs))
 
 
 @functools.lru_cache(maxsize=16)
 def _skeleton(model: Model):
     """The module's structure and the shapes of its state. Building a module takes a second or two, and every trace needs it."""
-    return nnx.eval_shape(lambda: _split(model, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: _split(model, Keys(jax.random.key(0))))
 
 
 def _string_keys(tree):
