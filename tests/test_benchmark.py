@@ -128,16 +128,20 @@ def test_command(experiment, tmp_path, capsys):
 
 
 def test_the_model_needs_no_data(experiment, tmp_path, capsys):
-    arguments = ["--what=model", "--config.data_root=/absent", f"--json={tmp_path / 'x.json'}"]
-    assert benchmark.main([f"--config={experiment}", "--config.optim.freeze=('blocks/.*','embed/.*')", *arguments]) == 0
-    figures = json.loads((tmp_path / "x.json").read_text())
-    assert list(figures) == ["device", "jax", "model"]
-    assert 0 < figures["model"]["trainable_params"] < figures["model"]["params"]
+    arguments = ["--what=model,memory", "--config.data_root=/absent", f"--json={tmp_path / 'x.json'}"]
+    figures = []
+    for freeze in ("()", "('blocks/.*','embed/.*')"):
+        assert benchmark.main([f"--config={experiment}", f"--config.optim.freeze={freeze}", *arguments]) == 0
+        figures.append(json.loads((tmp_path / "x.json").read_text()))
+    trained, frozen = figures
+    assert list(frozen) == ["device", "jax", "model", "memory"]
+    assert 0 < frozen["model"]["trainable_params"] < frozen["model"]["params"]
+    assert 0 < frozen["memory"]["gradient_temp_bytes"] < trained["memory"]["gradient_temp_bytes"]
 
 
 def test_mistakes_are_lines(experiment, tmp_path, capsys):
     for arguments, line in {
-        ("--what=speed,model",): "--what=speed: choose from model, step, data",
+        ("--what=speed,model",): "--what=speed: choose from model, memory, step, data",
         ("--what=",): "--what=",
         ("--config.model.mixer=blender", "--what=model"): "model.mixer='blender'",
         ("--config.no_key=1",): "no_key",

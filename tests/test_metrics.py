@@ -48,21 +48,22 @@ def test_topk_takes_device_arrays():
     np.testing.assert_array_equal(topk_correct(scores, jnp.int32([1, 1]), 1), [True, False])
 
 
-def precision_oracle(scores, positive):
-    """One class: walks down the ranking, and notes the precision wherever a positive is met."""
-    found, precisions = 0, []
-    for rank, i in enumerate(sorted(range(len(scores)), key=lambda i: (-scores[i], i)), 1):
-        if positive[i]:
-            found += 1
-            precisions.append(found / rank)
-    return np.mean(precisions) if precisions else np.nan
+def precision_oracle(scores: list[float], positive) -> float:
+    """Mean over the positive examples of the share of positives among the examples with no lower score."""
+    if not any(positive):
+        return np.nan
+    precisions = []
+    for own in (score for score, hit in zip(scores, positive, strict=True) if hit):
+        down_to = [hit for score, hit in zip(scores, positive, strict=True) if score >= own]
+        precisions.append(sum(down_to) / len(down_to))
+    return sum(precisions) / len(precisions)
 
 
 def test_average_precision():
     rng = np.random.default_rng(2)
     scores, positive = rng.normal(size=(40, 6)).astype(np.float32), rng.random((40, 6)) < 0.3
     positive[:, 4], positive[:, 5] = False, True
-    tied = np.round(scores, 0)  # equal scores: in the order they come in
+    tied = np.round(scores, 0)
     for given in (scores, tied):
         expected = [precision_oracle(given[:, c].tolist(), positive[:, c]) for c in range(6)]
         np.testing.assert_allclose(average_precision(given, positive), expected, atol=1e-12)
@@ -70,7 +71,8 @@ def test_average_precision():
     np.testing.assert_allclose(average_precision([[0.9], [0.8], [0.7], [0.1]], np.array([[True], [False], [True], [False]])), [(1 + 2 / 3) / 2])
     metrics = pytest.importorskip("sklearn.metrics")
     for c in (0, 1, 2, 3, 5):
-        assert average_precision(scores, positive)[c] == pytest.approx(metrics.average_precision_score(positive[:, c], scores[:, c]), abs=1e-9)
+        for given in (scores, tied):
+            assert average_precision(given, positive)[c] == pytest.approx(metrics.average_precision_score(positive[:, c], given[:, c]), abs=1e-9)
 
 
 def test_average_precision_of_what_is_no_number():

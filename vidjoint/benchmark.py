@@ -1,6 +1,6 @@
 """Measures an experiment on this machine: its model, its training step, its input pipeline.
 
-python -m vidjoint.benchmark --config=configs/demo.py [--what=model,step,data] [--json=FILE]
+python -m vidjoint.benchmark --config=configs/demo.py [--what=model,memory,step,data] [--json=FILE]
 """
 
 import argparse
@@ -27,15 +27,16 @@ from vidjoint.data.video import Video
 from vidjoint.errors import UserError, command
 from vidjoint.evaluate import check_writable, write_json
 from vidjoint.models.build import build, count_parameters
-from vidjoint.optim import split_frozen
+from vidjoint.optim import join, split_frozen
 from vidjoint.train import Setup, initial_state, prepare
 
-PARTS = ("model", "step", "data")
+PARTS = ("model", "memory", "step", "data")
 TEXTS = {  # the figures for people: what they are, and how they are written
     "params": ("parameters", "{:,}"),
     "trainable_params": ("of them trained", "{:,}"),
     "macs_per_view": ("multiply-accumulates of one view of its largest clip", "{}"),
     "view": ("frames x height x width of that view", "{}"),
+    "gradient_temp_bytes": ("memory for the gradient of that view, bytes beside the parameters", "{}"),
     "train_clips_per_s": ("training, clips and images per second", "{:,.1f}"),
     "forward_clips_per_s": ("forward only", "{:,.1f}"),
     "ms_per_step": ("one training step, ms", "{:,.1f}"),
@@ -48,6 +49,7 @@ TEXTS = {  # the figures for people: what they are, and how they are written
     "wait_share": ("share of training that waits for data", "{:.1%}"),
     "decode_8_of_300_clips_per_s_per_core": ("8 of 300 frames of 340 x 256 H.264, clips per second and core", "{:.1f}"),
 }
+WHAT = "comma-separated: model and memory (compiles the gradient of one clip), which need no data; step; data (default: all but memory)"
 FRAMES, HEIGHT, WIDTH, GOP = 300, 256, 340, 30  # the file that decoding is measured on: 10 s of a Kinetics clip as commonly stored
 
 
@@ -116,6 +118,21 @@ def measure_model(config) -> dict:
         "macs_per_view": macs(model.logits, params, pixels),
         "view": "x".join(map(str, shape[:3])),
     }
+
+
+def measure_memory(config) -> dict:
+    """What the forward and backward pass of one view of the largest clip needs beside parameters and results: compiled, not run. Needs no data."""
+    model = build(config.model, {name: task.classes or 1000 for name, task in config.tasks.items()})
+    shape = max((clip_spec(config, name).shape for name in config.tasks), key=math.prod)
+    trained, frozen = split_frozen(model.abstract(), config.optim.freeze)
+
+    def loss(trained: dict, frozen: dict, pixels: jax.Array) -> jax.Array:
+        logits = model.logits(join(trained, frozen), pixels)
+        return sum(jax.nn.logsumexp(values) for values in logits.values())
+
+    compiled = jax.jit(jax.grad(loss)).lower(trained, frozen, jax.ShapeDtypeStruct((1, *shape), np.uint8)).compile()
+    memory = compiled.memory_analysis()
+    return {"gradient_temp_bytes": memory.temp_size_in_bytes if memory else None}
 
 
 def measure_step(setup: Setup) -> dict:
@@ -236,14 +253,14 @@ def measure_data(setup: Setup, steps: int = 20) -> dict:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vidjoint.benchmark",
-        usage="%(prog)s --config=FILE[:ARGUMENT] [--what=model,step,data] [--json=FILE] [--config.KEY=VALUE ...]",
+        usage="%(prog)s --config=FILE[:ARGUMENT] [--what=model,memory,step,data] [--json=FILE] [--config.KEY=VALUE ...]",
         description=__doc__.partition("\n")[0],
         epilog="mfu = 6 x MACs of the forward pass x steps/s / the FLOP/s of a large matrix product measured here, in the model's dtype. "
         "Medians of 5 after a warm-up. Any key of the experiment can be set by --config.KEY=VALUE.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]", help="experiment, as in configs/demo.py; its data must be there")
-    parser.add_argument("--what", default=",".join(PARTS), metavar="PARTS", help="comma-separated: model (needs no data), step, data (default: all)")
+    parser.add_argument("--what", default="model,step,data", metavar="PARTS", help=WHAT)
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     args, rest = parser.parse_known_args(argv)
     what = args.what.split(",")
@@ -257,7 +274,12 @@ def main(argv: list[str]) -> int:
     figures = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__}
     print(f"{figures['device']}, jax {figures['jax']}", flush=True)
     setup = prepare(config) if {"step", "data"} & set(what) else None
-    measures = {"model": lambda: measure_model(config), "step": lambda: measure_step(setup), "data": lambda: measure_data(setup)}
+    measures = {
+        "model": lambda: measure_model(config),
+        "memory": lambda: measure_memory(config),
+        "step": lambda: measure_step(setup),
+        "data": lambda: measure_data(setup),
+    }
     with tqdm(total=len(what), disable=None, leave=False, bar_format="measuring {desc} ({n} of {total} done)") as bar:
         for part in [part for part in PARTS if part in what]:
             bar.set_description_str(part)

@@ -63,21 +63,22 @@ def best_label(scores, positive: np.ndarray) -> np.ndarray:
 def average_precision(scores, positive: np.ndarray) -> np.ndarray:
     """Returns the average precision of each class, float64[C]; NaN for a class without positive examples.
 
-    Examples are ranked by score, equal scores in the order they come in. At each positive example, precision is the share of positives among the
-    examples down to it; the mean of these, without interpolation, is the average precision. An example whose score is NaN comes last and counts as
-    not found.
+    Examples are ranked by score. At each positive example, precision is the share of positives among all examples with at least its score, so that
+    the order of equal scores doesn't matter; the mean of these, without interpolation, is the average precision (scikit-learn's convention). An
+    example whose score is NaN counts as not found.
 
     Args:
       scores: float[B, C], logits or probabilities.
       positive: bool[B, C], see `positives`.
     """
-    scores, ranks = np.asarray(scores, np.float32), np.arange(1, len(scores) + 1)
+    scores = np.asarray(scores, np.float32)
     result = np.full(scores.shape[1], np.nan)
     for number in np.flatnonzero(positive.any(axis=0)):
-        order = np.argsort(-scores[:, number], kind="stable")
-        hit = positive[order, number]
-        precision = np.where(np.isnan(scores[order, number]), 0, np.cumsum(hit) / ranks)
-        result[number] = precision[hit].mean()
+        ranked = np.sort(-scores[:, number])  # NaN last
+        ranked_hits = np.sort(-scores[positive[:, number], number])
+        found = ranked_hits[~np.isnan(ranked_hits)]
+        precision = np.searchsorted(found, found, "right") / np.searchsorted(ranked, found, "right")
+        result[number] = precision.sum() / len(ranked_hits)
     return result
 
 
