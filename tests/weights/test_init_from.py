@@ -67,6 +67,15 @@ def assert_same(found: dict, expected: dict, names):
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
 
 
+def test_a_temporal_encoder_s_table_is_stretched(tmp_path):
+    changes = dict(pool="temporal_encoder", temporal_encoder={"depth": 1})
+    old = write_run(tmp_path, model_config(**changes))
+    found, fresh, lines = load(tmp_path, model_config(frames=6, **changes))
+    np.testing.assert_array_equal(found["pool/time"], resize_time(old["pool/time"], 6))
+    assert_same(found, old, fresh.keys() - {"pool/time"})
+    assert lines[1] == f"init_from={tmp_path} (step 7): 1 parameters resized: pool/time"
+
+
 @pytest.mark.parametrize("ema", [False, True])
 def test_everything_is_taken_over_and_the_average_where_there_is_one(tmp_path, ema):
     config = model_config(mixer="divided")

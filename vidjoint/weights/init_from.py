@@ -93,8 +93,9 @@ def _resized(old: dict, old_spec: ViTSpec, spec: ViTSpec, new: dict) -> Found:
             table = old[name][max(old_spec.prefix - spec.prefix, 0) :]
             prefix = min(old_spec.prefix, spec.prefix)
             found[name] = "resized", np.asarray(resize_position(table, prefix, old_spec.grid, spec.grid))
-    if "embed/time" in old and "embed/time" in new and len(old["embed/time"]) != len(new["embed/time"]):
-        found["embed/time"] = "resized", np.asarray(resize_time(old["embed/time"], len(new["embed/time"])))
+    for name in ("embed/time", "pool/time"):
+        if name in old and name in new and len(old[name]) != len(new[name]):
+            found[name] = "resized", np.asarray(resize_time(old[name], len(new[name])))
     if spec.tubelet > old_spec.tubelet == 1 and "embed/video_proj/kernel" in old:
         found["embed/video_proj/kernel"] = "resized", np.asarray(inflate(old["embed/video_proj/kernel"], spec.tubelet, spec.tubelet_init))
     return found
