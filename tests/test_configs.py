@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from vidjoint import optim, validate
 from vidjoint.config import as_json, difference, load, parse
-from vidjoint.data.mixture import clip_spec
+from vidjoint.data.tasks import clip_spec
 from vidjoint.errors import UserError
 from vidjoint.models.build import build, count_parameters
 from vidjoint.step import init_state, make_train_step

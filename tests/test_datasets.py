@@ -12,7 +12,7 @@ from configs import datasets
 from tests.data.listed import pairs, touch, write
 from vidjoint import validate
 from vidjoint.config import base_config
-from vidjoint.data.mixture import open_tasks
+from vidjoint.data.tasks import open_tasks
 from vidjoint.errors import UserError
 
 KINETICS = "label,youtube_id,time_start,time_end,split,is_cc\n"

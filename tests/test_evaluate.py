@@ -11,7 +11,7 @@ import pytest
 from tests import tiny
 from vidjoint import evaluate
 from vidjoint.data.examples import views
-from vidjoint.data.mixture import open_tasks
+from vidjoint.data.tasks import open_tasks
 from vidjoint.evaluate import Evaluator, TaskResult
 from vidjoint.sharding import make_mesh
 

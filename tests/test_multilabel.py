@@ -14,7 +14,8 @@ from tests import tiny
 from vidjoint import evaluate, optim, predict
 from vidjoint.checkpoints import load_params
 from vidjoint.config import base_config, task_config
-from vidjoint.data.mixture import Mixture, open_tasks
+from vidjoint.data.mixture import Mixture
+from vidjoint.data.tasks import open_tasks
 from vidjoint.evaluate import Evaluator, TaskResult
 from vidjoint.metrics import read_events
 from vidjoint.models.build import build
@@ -187,7 +188,7 @@ def test_evaluation_gives_sigmoids_and_all_labels(root, devices, average):
     assert result.undecodable == 1 and result.labels == TAGS
     logits = []
     for i in range(3):
-        clips = vidjoint.data.mixture.views(tasks["tags"].val[i], tasks["tags"].clip, 2, 1)
+        clips = vidjoint.data.examples.views(tasks["tags"].val[i], tasks["tags"].clip, 2, 1)
         logits.append(clips.mean(axis=(2, 3, 4)) @ WEIGHTS - 2)
     expected = (1 / (1 + np.exp(-np.array(logits)))).mean(axis=1) if average == "softmax" else np.mean(logits, axis=1)
     np.testing.assert_allclose(result.scores, expected, atol=1e-4)
@@ -266,7 +267,7 @@ def test_evaluate_and_predict(root, run, tmp_path, capsys):
     (answer,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     model = vidjoint.load(run)
     task = open_tasks(model.config)["tags"]
-    logits = model.logits(vidjoint.data.mixture.views(task.train[0], task.clip, 1, 1)[0][None], "tags")[0]
+    logits = model.logits(vidjoint.data.examples.views(task.train[0], task.clip, 1, 1)[0][None], "tags")[0]
     shares = 1 / (1 + np.exp(-np.float64(logits)))
     order = np.argsort(-shares)[:3]
     assert answer["labels"] == [TAGS[c] for c in order] and answer["scores"] == sorted(answer["scores"], reverse=True)

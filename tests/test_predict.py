@@ -15,7 +15,7 @@ from PIL import Image
 import vidjoint
 from tests import tiny
 from vidjoint import predict
-from vidjoint.data.mixture import open_tasks
+from vidjoint.data.tasks import open_tasks
 from vidjoint.evaluate import Evaluator
 from vidjoint.sharding import make_mesh
 

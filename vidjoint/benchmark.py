@@ -22,7 +22,7 @@ from vidjoint import config as config_module
 from vidjoint import sharding, validate
 from vidjoint.config import task_config
 from vidjoint.data import clips, transforms
-from vidjoint.data.mixture import clip_spec
+from vidjoint.data.tasks import clip_spec
 from vidjoint.data.video import Video
 from vidjoint.errors import UserError, command
 from vidjoint.evaluate import check_writable, write_json

@@ -17,8 +17,10 @@ from statistics import median
 import numpy as np
 from tqdm import tqdm
 
-from vidjoint.data.lists import EXTENSIONS, has_extension, locate, read_list, split_labels
-from vidjoint.data.sources import ZipRecords, list_folder
+from vidjoint.data.files import EXTENSIONS, has_extension
+from vidjoint.data.lists import locate, read_list, split_labels
+from vidjoint.data.records import ZipRecords
+from vidjoint.data.sources import list_folder
 from vidjoint.data.transforms import Geometry
 from vidjoint.data.video import DecodeError, Video, read_image
 from vidjoint.errors import UserError, command

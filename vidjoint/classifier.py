@@ -9,8 +9,8 @@ import numpy as np
 
 from vidjoint import optim, sharding
 from vidjoint.checkpoints import load_params
-from vidjoint.data.mixture import clip_spec
 from vidjoint.data.prediction import Row, Window, decoded, group
+from vidjoint.data.tasks import clip_spec
 from vidjoint.data.workers import cores
 from vidjoint.errors import UserError
 from vidjoint.models.build import build

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from vidjoint import metrics, plots, sharding, validate
 from vidjoint.classifier import Classifier, parse_step
-from vidjoint.data.mixture import Task, evaluation_batches, open_tasks
+from vidjoint.data.mixture import evaluation_batches
+from vidjoint.data.tasks import Task, open_tasks
 from vidjoint.errors import UserError, command
 from vidjoint.models.build import Model
 from vidjoint.step import make_eval_step, multilabel_tasks

@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from vidjoint import evaluate, metrics, optim, plots, sharding, step, validate
 from vidjoint.checkpoints import Checkpoints
-from vidjoint.data.mixture import Mixture, Task, open_tasks, steps_per_epoch, union_size
+from vidjoint.data.mixture import Mixture
+from vidjoint.data.schedules import steps_per_epoch
+from vidjoint.data.tasks import Task, open_tasks, union_size
 from vidjoint.errors import UserError
 from vidjoint.models.build import Model, build, count_parameters
 from vidjoint.run_folder import RunFolder

@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from vidjoint import losses, optim
 from vidjoint.data import clips, sources
-from vidjoint.data.mixture import SCHEDULES, clip_spec
+from vidjoint.data.schedules import SCHEDULES
+from vidjoint.data.tasks import clip_spec
 from vidjoint.errors import UserError
 from vidjoint.models.build import PRESETS
 from vidjoint.models.mixers import MIXERS

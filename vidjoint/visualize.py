@@ -13,8 +13,8 @@ import numpy as np
 
 from vidjoint import plots
 from vidjoint.classifier import Classifier, parse_step
-from vidjoint.data.mixture import clip_spec
 from vidjoint.data.prediction import Window, decoded
+from vidjoint.data.tasks import clip_spec
 from vidjoint.errors import UserError, command
 from vidjoint.models.build import Model
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from tests.data.sets import SIZES
-from vidjoint.data import mixture
+from vidjoint.data import schedules
 from vidjoint.data.demo import write_video
 
 
@@ -38,5 +38,5 @@ def undecoded(monkeypatch):
             seen.calls += 1
         return np.zeros(spec.shape, np.uint8)
 
-    monkeypatch.setattr(mixture, "training_clip", clip)
+    monkeypatch.setattr(schedules, "training_clip", clip)
     return seen

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from vidjoint.config import task_config
-from vidjoint.data.sources import Source, open_source
+from vidjoint.data.records import Source
+from vidjoint.data.sources import open_source
 from vidjoint.errors import UserError
 
 

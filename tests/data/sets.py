@@ -3,7 +3,8 @@
 import numpy as np
 
 from vidjoint.config import base_config, task_config
-from vidjoint.data.mixture import Mixture, open_tasks
+from vidjoint.data.mixture import Mixture
+from vidjoint.data.tasks import open_tasks
 
 SIZES = {"stills": 20, "moves": 13, "turns": 8}
 NUMBER = {"moves": 0, "stills": 1, "turns": 2}  # of a task in batches: alphabetical

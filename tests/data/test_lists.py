@@ -10,8 +10,9 @@ import pytest
 
 from tests.data.listed import faults, opened, pairs, touch, write
 from vidjoint.config import task_config
-from vidjoint.data import lists
-from vidjoint.data.lists import read_labels, read_list
+from vidjoint.data import files
+from vidjoint.data.labels import read_labels
+from vidjoint.data.lists import read_list
 from vidjoint.data.sources import open_source
 from vidjoint.errors import UserError
 
@@ -204,8 +205,8 @@ def test_one_listing_per_folder(tmp_path, monkeypatch):
     write(tmp_path / "l.csv", "".join(f"{c}/{i}.mp4 {c}\n" for i in range(50) for c in "ab"))
     asked = []
     scandir = os.scandir
-    monkeypatch.setattr(lists.os, "scandir", lambda path: asked.append(path) or scandir(path))
-    monkeypatch.setattr(lists.os.path, "isfile", lambda path: pytest.fail("looked at a single file"))
+    monkeypatch.setattr(files.os, "scandir", lambda path: asked.append(path) or scandir(path))
+    monkeypatch.setattr(files.os.path, "isfile", lambda path: pytest.fail("looked at a single file"))
     assert len(opened(tmp_path, train="l.csv")) == 100
     assert len(asked) == 2
 

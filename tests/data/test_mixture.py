@@ -23,8 +23,9 @@ import pytest
 
 from tests.data.sets import NUMBER, SIZES, configure, mixed, same
 from vidjoint.config import base_config, task_config
-from vidjoint.data import mixture, workers
-from vidjoint.data.mixture import Mixture, evaluation_batches, open_tasks
+from vidjoint.data import mixture, schedules, workers
+from vidjoint.data.mixture import Mixture, evaluation_batches
+from vidjoint.data.tasks import open_tasks
 from vidjoint.data.video import DecodeError
 from vidjoint.errors import UserError
 
@@ -206,7 +207,7 @@ def test_sample_weight_counts_as_copies(root, undecoded):
     ],
 )
 def test_largest_remainder(weights, total, shares):
-    assert mixture._largest_remainder(weights, total) == shares
+    assert schedules._largest_remainder(weights, total) == shares
 
 
 def test_more_clip_shapes_than_rows(root):
@@ -304,13 +305,13 @@ def test_substitutes_have_an_end(root, monkeypatch):
         tried.append(example["name"])
         raise DecodeError("broken")
 
-    monkeypatch.setattr(mixture, "training_clip", clip)
-    monkeypatch.setattr(mixture, "MAX_SUBSTITUTES", 10)
+    monkeypatch.setattr(schedules, "training_clip", clip)
+    monkeypatch.setattr(schedules, "MAX_SUBSTITUTES", 10)
     mix = mixed(configure(root, "moves", batch_size=1, **{"data.max_bad_share": 1.0}))
     (batch,) = mix.step(0)
     assert batch["mask"].tolist() == [False] and not batch["pixels"].any() and batch["pixels"].shape == (1, 3, 16, 16, 3)
     assert len(tried) == 11 == len(set(tried)) == len(mix.bad["moves"])
-    monkeypatch.setattr(mixture, "MAX_SUBSTITUTES", 100)
+    monkeypatch.setattr(schedules, "MAX_SUBSTITUTES", 100)
     mix.step(1)
     assert len(tried) == 11 + 13  # a file is tried once
 
@@ -422,7 +423,7 @@ def test_threads_are_those_of_the_process(root, monkeypatch, schedule):
             now -= 1
         return np.zeros(spec.shape, np.uint8)
 
-    monkeypatch.setattr(mixture, "training_clip", clip)
+    monkeypatch.setattr(schedules, "training_clip", clip)
     take(mixed(configure(root, *SIZES, batch_size=3, schedule=schedule, **{"data.threads": 5, "data.prefetch": 1})), 8)
     assert most == 5
 
@@ -434,7 +435,7 @@ def test_errors_while_decoding_reach_the_caller(root, monkeypatch, error, no_thr
             raise error
         return np.zeros(spec.shape, np.uint8)
 
-    monkeypatch.setattr(mixture, "training_clip", clip)
+    monkeypatch.setattr(schedules, "training_clip", clip)
     with pytest.raises(type(error), match=str(error)):
         take(mixed(configure(root, "moves")), 4)
 
@@ -461,7 +462,7 @@ def test_interruption_while_waiting_for_data(root, monkeypatch, no_threads_left)
         time.sleep(0.2)
         return np.zeros(spec.shape, np.uint8)
 
-    monkeypatch.setattr(mixture, "training_clip", clip)
+    monkeypatch.setattr(schedules, "training_clip", clip)
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()

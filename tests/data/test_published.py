@@ -9,8 +9,8 @@ import pytest
 from tests.data.listed import faults, opened, pairs, touch, write
 from vidjoint.config import base_config, task_config
 from vidjoint.data.lists import locate, read_list
-from vidjoint.data.mixture import open_tasks
 from vidjoint.data.smarthome import CLASSES, CROSS_VIEW, SPLITS
+from vidjoint.data.tasks import open_tasks
 from vidjoint.errors import UserError
 
 # UCF101

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from tests.data.sets import NUMBER, SIZES, configure, mixed, same
-from vidjoint.data.mixture import SCHEDULES, Mixture, open_tasks, steps_per_epoch
+from vidjoint.data.mixture import Mixture
+from vidjoint.data.schedules import SCHEDULES, steps_per_epoch
+from vidjoint.data.tasks import open_tasks
 from vidjoint.errors import UserError
 from vidjoint.train import print_summary
 

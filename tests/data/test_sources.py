@@ -12,8 +12,9 @@ import pytest
 
 from tests.data.listed import faults, opened, pairs, touch, write
 from vidjoint.data import sources
-from vidjoint.data.lists import read_labels
-from vidjoint.data.sources import KINDS, Names, Source
+from vidjoint.data.labels import read_labels
+from vidjoint.data.records import Names, Source
+from vidjoint.data.sources import KINDS
 from vidjoint.data.video import DecodeError
 
 SHARED = Path(os.environ.get("VIDJOINT_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))

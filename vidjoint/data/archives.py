@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from vidjoint.data.lists import is_hidden
+from vidjoint.data.files import is_hidden
 from vidjoint.data.video import DecodeError
 from vidjoint.errors import UserError
 

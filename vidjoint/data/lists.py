@@ -1,4 +1,4 @@
-"""Lists of files and of class names as people and data sets publish them, and where the listed files are on disk.
+"""Lists of files as people and data sets publish them, and where the listed files are on disk.
 
 Layouts: plain (`path label`, `path label|label` or `path`, with any usual separator, with or without a header), and what is published with Kinetics,
 mini-Kinetics, Something-Something v2, Moments in Time, UCF101, Tiny-ImageNet and ImageNet. Faults are told with the file and the line.
@@ -10,30 +10,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from vidjoint.data.files import existing, has_extension, is_media, some, walk
 from vidjoint.errors import UserError
 
-EXTENSIONS = {
-    "video": frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .flv .3gp .wmv .ogv .vob .gif".split()),
-    "image": frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff .ppm .pgm .gif .avif .jp2".split()),
-}
-SHOWN = 5  # faults of one kind that are named; the others are counted
 WORDNET_ID = r"n\d{8}"  # ImageNet's name of a class
-
-
-def some(items: Iterable) -> str:
-    """The first few of many, with the number of the others."""
-    items = list(items)
-    return ", ".join(map(str, items[:SHOWN])) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
-
-
-def has_extension(path: str, media: str) -> bool:
-    return path[path.rfind(".") :].lower() in EXTENSIONS[media]
 
 
 @dataclass
@@ -126,10 +110,6 @@ def path_and_label(line: str, separator: str) -> tuple[str, str]:
     return (separator.join(fields[:-1]).strip(), fields[-1].strip()) if len(fields) > 1 else (line.strip().strip('"'), "")
 
 
-def is_media(path: str) -> bool:
-    return has_extension(path, "video") or has_extension(path, "image")
-
-
 @functools.lru_cache(4096)  # votes, seconds and class numbers are few
 def is_integer(text: str) -> bool:
     return bool(re.fullmatch(r"[+-]?[0-9]+", text))
@@ -159,6 +139,11 @@ def find_separator(sample: list[str]) -> str:
 SEPARATORS = ("\t", ";", ",", " ")
 PATH_WORDS = frozenset("path file filename file_name filepath file_path video video_path video_name image image_path clip clip_path name".split())
 LABEL_WORDS = frozenset("label labels class classes class_name class_id category target label_id action".split())
+
+
+def split_labels(text: str) -> list[str]:
+    """The labels of a multilabel line, `a|b`; "" has none."""
+    return [label for part in text.split("|") if (label := part.strip())]
 
 
 def find_header(line: str) -> tuple[str, list[str], int, int] | None:
@@ -303,164 +288,6 @@ def add_kinetics(rows: Rows, kinetics: list[Rows]) -> tuple[Rows, list[str]]:
     return Rows(rows.file, "kinetics", keys, labels, lines), [key for key in rows.keys if key not in names]
 
 
-# Labels --------------------------------------------------------------------------------------------------------------------------------------
-
-
-def published_labels(rows: Rows) -> Path | None:
-    """The label file that comes with a published list and lies beside it, if any."""
-    names = {"something": ("labels.json", "something-something-v2-labels.json"), "moments": ("moments_categories.txt",), "ucf": ("classInd.txt",)}
-    return next((rows.file.parent / name for name in names.get(rows.layout, ()) if (rows.file.parent / name).exists()), None)
-
-
-def plain_name(name: str) -> str:
-    """A class name as folders and lists spell it alike: underscores for spaces, any case, no brackets."""
-    return re.sub(r"[\s_]+", " ", re.sub(r"[\[\]]", "", name)).strip().casefold()
-
-
-def read_labels(file: Path) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Reads class names and name -> class number from a label file.
-
-    Known: one name per line; lines `name,number` (Moments in Time) or `number name`, numbered from 0 or 1; JSON lists; JSON {name: number}
-    (Something-Something) and {number: name or [names]} (ImageNet). A name that two classes share (published lists have some) stands for neither.
-    """
-    try:
-        text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
-        names = json_names(json.loads(text)) if file.suffix.lower() == ".json" else text_names(text)
-    except OSError as error:
-        raise UserError(f"labels: {file} can't be read ({error.strerror}): correct the path, or data_root") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"labels: {file} is no list of class names ({error}): write one name per line") from None
-    lookup, ambiguous = {}, set()
-    for number, aliases in enumerate(names):
-        for alias in {*aliases, *map(plain_name, aliases)}:
-            if lookup.setdefault(alias, number) != number:
-                ambiguous.add(alias)
-    return tuple(aliases[-1] for aliases in names), {alias: number for alias, number in lookup.items() if alias not in ambiguous}
-
-
-def read_wordnet(file: Path) -> dict[str, str] | None:
-    """WordNet id -> name, of a file with lines `n01440764 tench, Tinca tinca` (words.txt, LOC_synset_mapping.txt); None for other label files."""
-    lines = [line.strip() for line in file.read_bytes().decode("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
-    matches = [re.fullmatch(rf"({WORDNET_ID})\s+(.+)", line) for line in lines]
-    return dict(match.groups() for match in matches) if matches and all(matches) else None
-
-
-def text_names(text: str) -> list[list[str]]:
-    """The names on the lines of a text file, each as [name]."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise ValueError("it is empty")
-    for body in (lines, lines[1:]):
-        for pattern in (r"(?P<name>.*\S)\s*,\s*(?P<number>\d+)", r"(?P<number>\d+)[\s,]+(?P<name>.+)"):
-            matches = [re.fullmatch(pattern, line) for line in body]
-            if matches and all(matches):
-                numbers = [int(match["number"]) for match in matches]
-                if sorted(numbers) in (list(range(len(body))), list(range(1, len(body) + 1))):
-                    return [[match["name"].strip('"')] for _, match in sorted(zip(numbers, matches, strict=True), key=lambda pair: pair[0])]
-    return [[line] for line in lines]
-
-
-def json_names(content: list | dict) -> list[list[str]]:
-    """The names in a JSON label file, each with its aliases, ordered by class number."""
-    if isinstance(content, list):
-        return [[str(name)] for name in content]
-    by_name = {int(value): [str(key)] for key, value in content.items()} if all(is_integer(str(value)) for value in content.values()) else None
-    by_number = by_name or {int(key): [str(name) for name in (value if isinstance(value, list) else [value])] for key, value in content.items()}
-    if sorted(by_number) != list(range(len(content))):
-        raise ValueError(f"its numbers are not 0..{len(content) - 1}")
-    return [by_number[number] for number in range(len(content))]
-
-
-def labels_of(texts: list[str], classes: int) -> tuple[tuple[str, ...], dict[str, int] | None]:
-    """Class names read off the training labels: sorted names, or "0".."C-1" (no lookup) where labels are numbers."""
-    if is_numeric(texts):
-        count = classes or max(int(text) for text in set(texts) if is_integer(text)) + 1
-        return tuple(map(str, range(max(count, 0)))), None
-    names = tuple(sorted(set(texts) - {""}))
-    return names, {name: number for number, name in enumerate(names)}
-
-
-def split_labels(text: str) -> list[str]:
-    """The labels of a multilabel line, `a|b`; "" has none."""
-    return [label for part in text.split("|") if (label := part.strip())]
-
-
-def one_label_per_row(lists: list[Rows]) -> tuple[list[Rows], np.ndarray]:
-    """Multilabel lists with a row for each label of each line: `path,a|b` becomes two, and a line without a label none.
-
-    Returns:
-      The lists, and which of the given rows, counted over all lists, each new row comes from: int64[L].
-    """
-    expanded, owners, before = [], [np.zeros(0, np.int64)], 0
-    for rows in lists:
-        texts = [split_labels(text) for text in rows.labels]
-        owner = np.repeat(np.arange(len(texts)), [len(labels) for labels in texts])
-        labels = [label for labels in texts for label in labels]
-        expanded.append(Rows(rows.file, rows.layout, [rows.keys[i] for i in owner], labels, [rows.lines[i] for i in owner]))
-        owners.append(before + owner)
-        before += len(texts)
-    return expanded, np.concatenate(owners)
-
-
-def one_row_per_file(paths: list[str], owners: np.ndarray, labels: np.ndarray, classes: int) -> tuple[list[str], np.ndarray]:
-    """Gathers the labels of each file of multilabel lists, whether they stand in one line or in several.
-
-    Args:
-      paths: of every line; "" for a file that is not there, which is left out.
-      owners: int[L], the line that each label is from, and `labels`, int[L], its class number in 0..classes-1.
-
-    Returns:
-      The N paths without repetition, in order; and int32[N, K], the classes of each in order and without repetition, filled up by -1. K is the most
-      that any of them has, at least 1.
-    """
-    numbers = {}
-    file = np.array([numbers.setdefault(path, len(numbers)) if path else -1 for path in paths], np.int64)[owners]  # [L]
-    file, labels = file[file >= 0], labels[file >= 0].astype(np.int64)
-    first = np.sort(np.unique(file * classes + labels, return_index=True)[1])  # where a file gets a label that it has not yet
-    first = first[np.argsort(file[first], kind="stable")]
-    file, labels = file[first], labels[first]
-    counts = np.bincount(file, minlength=len(numbers))
-    targets = np.full((len(numbers), max(1, counts.max(initial=0))), -1, np.int32)
-    targets[file, np.arange(len(file)) - (np.cumsum(counts) - counts)[file]] = labels
-    return list(numbers), targets
-
-
-def number_labels(lists: list[Rows], labels: tuple[str, ...], lookup: dict[str, int] | None) -> tuple[np.ndarray, list[str]]:
-    """Turns labels as written into int32[N], by name or (lookup None) as numbers; the second value says what is wrong with them, by line."""
-    texts = [text for rows in lists for text in rows.labels]
-    none = -(2**63)
-    if lookup is None:
-        number = {text: int(text) if is_integer(text) and len(text) < 19 else none for text in set(texts)}
-    else:
-        number = {text: lookup[text] if text in lookup else lookup.get(plain_name(text), none) for text in set(texts)}
-    values, problems = [], []
-    for rows in lists:
-        found = np.array([number[text] for text in rows.labels], np.int64)
-        values.append(found)
-        bad = np.flatnonzero((found < 0) | (found >= len(labels)))
-        if len(bad) and lookup is None and found.min() == 1 and found.max() == len(labels):
-            problems.append(f"{rows.file}: labels run from 1 to {len(labels)}; they must run from 0 to {len(labels) - 1}: subtract 1 from each")
-            continue
-        for row in bad[:SHOWN]:
-            text = rows.labels[row]
-            if not text:
-                fault = "no label; write `path,label`"
-            elif lookup is not None:
-                fault = f"class {text!r} is not among the {len(labels)} known ones ({some(labels)})"
-            elif found[row] == none:
-                fault = f"label {text!r} is not a number, as others are"
-            else:
-                fault = f"label {text} is not in 0..{len(labels) - 1}"
-            problems.append(f"{rows.file} line {rows.lines[row]}: {fault}")
-        if len(bad) > SHOWN:
-            problems.append(f"{rows.file}: {len(bad) - SHOWN} more lines with such labels")
-    targets = np.concatenate(values)
-    return np.where((targets < 0) | (targets >= len(labels)), -1, targets).astype(np.int32), problems
-
-
-# Where the files are: one listing per folder, never a look at each file ----------------------------------------------------------------------
-
-
 def locate(rows: Rows, root: str, media: str) -> list[str]:
     """The path of every row's file, "" where it is not there.
 
@@ -483,49 +310,3 @@ def locate(rows: Rows, root: str, media: str) -> list[str]:
                 elsewhere = existing(os.path.join(root, folder), rows.keys)
                 found = [path or other for path, other in zip(found, elsewhere, strict=True)]
     return found
-
-
-def existing(root: str, keys: list[str]) -> list[str]:
-    """The keys' paths below root (a key may be absolute), with "" for those that are no file."""
-    listings, found = {}, []
-    for key in keys:
-        leaf = key.rpartition("/")[2]
-        folder = key[: len(key) - len(leaf)]
-        if folder not in listings:
-            path = os.path.join(root, folder)
-            listings[folder] = path, files_in(path)
-        path, names = listings[folder]
-        found.append(path + leaf if leaf in names else "")
-    absent = [i for i, path in enumerate(found) if not path]
-    if len(absent) <= 1000:  # few enough to ask for: a file system may tell names apart less strictly than a set does
-        for i in absent:
-            path = os.path.join(root, keys[i])
-            found[i] = path if os.path.isfile(path) else ""
-    return found
-
-
-def files_in(folder: str) -> frozenset[str]:
-    try:
-        with os.scandir(folder or ".") as entries:
-            return frozenset(entry.name for entry in entries if not entry.is_dir())
-    except OSError:
-        return frozenset()
-
-
-def is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def walk(root: str, depth: int = 100) -> Iterator[str]:
-    """Paths below root, relative to it, sorted within each folder, hidden ones left out; a folder comes before what it holds and ends in "/"."""
-    try:
-        with os.scandir(root) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name))
-    except OSError as error:
-        raise UserError(f"{root} can't be listed: {error.strerror}") from None
-    for name, is_folder in found:
-        if not is_folder:
-            yield name
-        elif depth > 1:
-            yield f"{name}/"
-            yield from (f"{name}/{below}" for below in walk(os.path.join(root, name), depth - 1))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vidjoint.data.examples import ClipSpec, views
-from vidjoint.data.lists import has_extension, walk
+from vidjoint.data.files import has_extension, walk
 from vidjoint.data.video import DecodeError, Video
 from vidjoint.errors import UserError
 

@@ -4,7 +4,7 @@ import os
 import re
 from collections import Counter
 
-from vidjoint.data.lists import has_extension, some, walk
+from vidjoint.data.files import has_extension, some, walk
 from vidjoint.errors import UserError
 
 NAME = re.compile(r"(?P<label>[A-Za-z.]+)_p(?P<subject>\d+)_r\d+_v\d+_c(?P<camera>\d+)")  # Cook.Cleandishes_p02_r00_v02_c03.mp4

@@ -1,0 +1,72 @@
+"""Files on disk: which are images and videos, and what a folder holds. One listing per folder, never a look at each file."""
+
+import os
+from collections.abc import Iterable, Iterator
+
+from vidjoint.errors import UserError
+
+EXTENSIONS = {
+    "video": frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .flv .3gp .wmv .ogv .vob .gif".split()),
+    "image": frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff .ppm .pgm .gif .avif .jp2".split()),
+}
+SHOWN = 5  # faults of one kind that are named; the others are counted
+
+
+def some(items: Iterable) -> str:
+    """The first few of many, with the number of the others."""
+    items = list(items)
+    return ", ".join(map(str, items[:SHOWN])) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+
+
+def has_extension(path: str, media: str) -> bool:
+    return path[path.rfind(".") :].lower() in EXTENSIONS[media]
+
+
+def is_media(path: str) -> bool:
+    return has_extension(path, "video") or has_extension(path, "image")
+
+
+def existing(root: str, keys: list[str]) -> list[str]:
+    """The keys' paths below root (a key may be absolute), with "" for those that are no file."""
+    listings, found = {}, []
+    for key in keys:
+        leaf = key.rpartition("/")[2]
+        folder = key[: len(key) - len(leaf)]
+        if folder not in listings:
+            path = os.path.join(root, folder)
+            listings[folder] = path, files_in(path)
+        path, names = listings[folder]
+        found.append(path + leaf if leaf in names else "")
+    absent = [i for i, path in enumerate(found) if not path]
+    if len(absent) <= 1000:  # few enough to ask for: a file system may tell names apart less strictly than a set does
+        for i in absent:
+            path = os.path.join(root, keys[i])
+            found[i] = path if os.path.isfile(path) else ""
+    return found
+
+
+def files_in(folder: str) -> frozenset[str]:
+    try:
+        with os.scandir(folder or ".") as entries:
+            return frozenset(entry.name for entry in entries if not entry.is_dir())
+    except OSError:
+        return frozenset()
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def walk(root: str, depth: int = 100) -> Iterator[str]:
+    """Paths below root, relative to it, sorted within each folder, hidden ones left out; a folder comes before what it holds and ends in "/"."""
+    try:
+        with os.scandir(root) as entries:
+            found = sorted((entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name))
+    except OSError as error:
+        raise UserError(f"{root} can't be listed: {error.strerror}") from None
+    for name, is_folder in found:
+        if not is_folder:
+            yield name
+        elif depth > 1:
+            yield f"{name}/"
+            yield from (f"{name}/{below}" for below in walk(os.path.join(root, name), depth - 1))
