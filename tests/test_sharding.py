@@ -65,7 +65,7 @@ def test_partition(path, shape, expected):
 def test_every_rule_names_a_parameter_of_the_backbone():
     modules = {
         "attn": lambda: Attention(8, 2, dtype=jnp.float32, rngs=nnx.Rngs(0)),
-        "mlp": lambda: Mlp(8, 16, tanh_gelu=False, dtype=jnp.float32, rngs=nnx.Rngs(0)),
+        "mlp": lambda: Mlp(8, 16, gelu="exact", dtype=jnp.float32, rngs=nnx.Rngs(0)),
     }
     paths = [f"{name}/{'/'.join(path)}" for name, make in modules.items() for path in nnx.to_flat_state(nnx.state(nnx.eval_shape(make))).paths]
     assert "attn/proj/bias" in paths

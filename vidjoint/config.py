@@ -7,6 +7,7 @@ error, in a file as on the command line (`--config.optim.lr=1e-3`). A dataset is
 import contextlib
 import difflib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -35,7 +36,10 @@ def base_config() -> ConfigDict:
     c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
     c.keep_checkpoints = 2  # how many of the newest checkpoints stay; the best one stays besides
     c.log_every = 50  # steps between log events; each is a mean over the steps since the last one
-    c.init_from = ""  # folder of an earlier run whose parameters this one starts from; heads of other label lists start anew
+    # folder of an earlier run or of imported weights, or a file of another project's weights (docs/weights.md), whose parameters this run starts from;
+    # heads of other label lists start anew
+    c.init_from = ""
+    c.init_allow = ()  # regular expressions: parameters that may be new, or unused, though init_from gives no reason for it
 
     # Data
     c.data_root = ""  # folder that every relative path of a task starts from; "": the current folder
@@ -73,18 +77,29 @@ def base_config() -> ConfigDict:
     # zero: time table and temporal branch start as the identity, for pretrained models; copied: the table is zero, the branch copies the spatial
     # attention that init_from brings and acts at once (ViViT); random: for training from scratch
     m.temporal_init = "zero"
-    # class_token: mean of the frames' class tokens (late fusion); average: mean of all patches; frame_mean: mean over frames before the last norm,
-    # then the class token (TimeSformer space-only); last_frame: that frame's class token (AM Flow); class_attention: MEViT; temporal_encoder: ViViT
+    # class_token: mean of the frames' class tokens (late fusion); average: mean of all patches; patch_mean: the same before the last norm (VideoMAE);
+    # class_and_average: both side by side (DINOv2's classifier); frame_mean: mean over frames before the last norm, then the class token (TimeSformer
+    # space-only); last_frame: that frame's class token (AM Flow); class_attention: MEViT; temporal_encoder: ViViT
     m.pool = "class_token"
-    m.class_token = True  # False: no class token in the blocks; pool must be average, class_attention or temporal_encoder
+    m.class_token = True  # False: no class token in the blocks; pool must be average, patch_mean, class_attention or temporal_encoder
     m.dtype = "bfloat16"  # compute type; parameters, softmax and losses stay float32. On a CPU float32 is faster
     m.remat = "none"  # none, or block: recompute each block in the backward pass (less memory, a third more compute)
     m.drop_path = 0.0  # stochastic depth: share of dropped residuals in the last block, rising linearly from 0
     m.dropout = 0.0  # dropout on the pooled features, before the heads
-    m.gelu = "exact"  # exact or tanh: must be that of pretrained weights
-    m.norm_eps = 1e-6  # LayerNorm epsilon: must be that of pretrained weights
-    m.mean = (0.5, 0.5, 0.5)  # RGB mean of the inputs in 0..1: must be that of pretrained weights
-    m.std = (0.5, 0.5, 0.5)  # RGB standard deviation, likewise
+    # What pretrained weights rely on. Left as they are here, these are taken from the weights that init_from names, or else as said
+    m.gelu = ""  # exact, tanh or quick (CLIP); "": exact
+    m.norm_eps = 0.0  # LayerNorm epsilon; 0: 1e-6
+    m.mean = ()  # RGB mean of the inputs in 0..1; (): 0.5 each
+    m.std = ()  # RGB standard deviation; (): 0.5 each
+    m.interpolation = ""  # how pictures are scaled to the input: bilinear or bicubic; "": bilinear
+    m.layer_scale = -1.0  # initial factor on every residual (LayerScale: CaiT, DINOv2), one per channel; 0: none; -1: none
+    m.registers = -1  # register tokens per frame (DINOv2 with registers); -1: none
+    m.pre_norm = ""  # none, or layer_norm: a norm of the tokens before the blocks (CLIP); "": none
+    # how position tables are stretched to another grid, now and in every step: bicubic (torch; Hugging Face), bicubic_antialias (timm),
+    # bicubic_offset (DINOv2's own code), bilinear (timm for .npz), bilinear_corners (Google's ViT, big_vision), nearest (TimeSformer), nearest_1d (TimeSformer's loader),
+    # sinusoid (VideoMAE: made anew); "": bicubic
+    m.position_resize = ""
+    m.video_position = ""  # embed=separate: grid (one table for all frames), or space_time (a row for each token of a clip: ViViT, VideoMAE); "": grid
     m.divided = ConfigDict()  # mixer divided (TimeSformer)
     m.divided.image_temporal = "affine"  # at one frame: affine (softmax over one key, CoVeR appendix A), or skip the branch
     m.token_shift = ConfigDict()  # mixer token_shift (TokenShift, IV-ViT)
@@ -309,6 +324,8 @@ def _load_file(file: Path, arguments: list[str]) -> ConfigDict:
             spec.loader.exec_module(module)
             if not hasattr(module, "get_config"):
                 raise UserError(f"{file} has no function get_config")
+            if arguments and not inspect.signature(module.get_config).parameters:
+                raise UserError(f"{file} takes no argument: write --config={file}")
             config = module.get_config(*arguments)
     except UserError:
         raise

@@ -15,7 +15,7 @@ from vidjoint.errors import UserError
 SCHEDULES = ("cosine", "step", "constant")
 OPTIMIZERS = ("adamw", "sgd")
 DECAYS = ("matrices", "all")
-UNDECAYED = {"bias", "scale", "token", "tokens", "position", "positions", "time"}  # words in the last part of a parameter's name
+UNDECAYED = {"bias", "scale", "token", "tokens", "registers", "position", "positions", "time"}  # words in the last part of a parameter's name
 
 
 def make_schedule(optim, total_steps: int, steps_per_epoch: float):
@@ -60,6 +60,8 @@ def make_schedule(optim, total_steps: int, steps_per_epoch: float):
             problems.append("optim.schedule='step' needs milestones: set optim.milestone_steps or optim.milestone_epochs")
         elif given[0] <= 0 or any(later <= earlier for earlier, later in itertools.pairwise(given)):
             problems.append(f"milestones {given} must be above 0 and rise: put them in order")
+        if not optim.decay_factor > 0:
+            problems.append(f"optim.decay_factor={optim.decay_factor} must be above 0, as in 0.1")
     if problems:
         raise UserError(*problems)
 
@@ -116,6 +118,8 @@ def make_optimizer(optim, schedule, tasks: int = 1) -> optax.GradientTransformat
     for key in ("weight_decay", "clip_norm"):
         if optim[key] < 0:
             problems.append(f"optim.{key}={optim[key]} is negative: set it to 0 (off) or above")
+    if optim.name == "adamw" and not optim.eps > 0:
+        problems.append(f"optim.eps={optim.eps} must be above 0, as in 1e-8")
     if optim.name == "sgd" and not 0 <= optim.momentum < 1:
         problems.append(f"optim.momentum={optim.momentum} must be at least 0 and below 1")
     if optim.name == "sgd" and optim.nesterov and not optim.momentum:

@@ -9,10 +9,13 @@ from vidjoint import losses, optim
 from vidjoint.data import clips, sources
 from vidjoint.data.schedules import SCHEDULES
 from vidjoint.data.tasks import clip_spec
+from vidjoint.data.video import INTERPOLATIONS
 from vidjoint.errors import UserError
 from vidjoint.models.build import PRESETS
+from vidjoint.models.layers import GELUS
 from vidjoint.models.mixers import MIXERS
 from vidjoint.models.pooling import NEED_CLASS_TOKEN, POOLS
+from vidjoint.models.position import RESIZERS
 
 CHOICES = {
     "schedule": SCHEDULES,
@@ -20,7 +23,11 @@ CHOICES = {
     "model.pool": POOLS,
     "model.dtype": ("bfloat16", "float32"),
     "model.remat": ("none", "block"),
-    "model.gelu": ("exact", "tanh"),
+    "model.gelu": ("", *GELUS),
+    "model.interpolation": ("", *INTERPOLATIONS),
+    "model.pre_norm": ("", "none", "layer_norm"),
+    "model.position_resize": ("", *RESIZERS),
+    "model.video_position": ("", "grid", "space_time"),
     "model.temporal_init": ("zero", "copied", "random"),
     "model.embed": ("shared", "separate"),
     "model.tubelet_init": ("central_frame", "average"),
@@ -54,7 +61,7 @@ NOT_NEGATIVE += tuple(f"model.{key}" for key in ("width", "depth", "heads", "mlp
 TASK_POSITIVE = ("sample_weight", "window_seconds")
 TASK_NOT_NEGATIVE = ("classes", "loss_weight", "steps", "batch_size", "frames", "randaugment_layers", "randaugment_magnitude")
 VARIANT = re.compile(r"(\w+)/([1-9]\d*)")
-TEXTS = ("task_order", "optim.freeze")  # tuples of texts; all others are of numbers
+TEXTS = ("task_order", "optim.freeze", "init_allow")  # tuples of texts; all others are of numbers
 PAIRS = ("image_size", "short_side", "area", "aspect")
 
 
@@ -110,7 +117,7 @@ def _check_tuples(config: ConfigDict, prefix: str = "") -> list[str]:
 
 def _check_numbers(config: ConfigDict, choices: dict, positive: tuple, not_negative: tuple) -> list[str]:
     value = {key: _get(config, key) for key in (*choices, *positive, *not_negative)}
-    problems = [f"{key}={value[key]!r} is unknown: choose one of {', '.join(names)}" for key, names in choices.items() if value[key] not in names]
+    problems = [f"{key}={value[key]!r} is unknown: choose one of {', '.join(filter(None, names))}" for key, names in choices.items() if value[key] not in names]
     problems += [f"{key}={value[key]} must be above 0" for key in positive if not value[key] > 0]
     return problems + [f"{key}={value[key]} must be at least 0" for key in not_negative if not value[key] >= 0]
 
@@ -173,8 +180,14 @@ def _check_model(model: ConfigDict) -> list[str]:
         problems.append(f"model.frames={model.frames} cannot be cut into tubelets of {model.tubelet}: change model.frames or model.tubelet")
     if model.mixer == "am_flow":
         problems += _check_am_flow(model.am_flow, width)
-    if len(model.mean) != 3 or len(model.std) != 3 or not all(value > 0 for value in model.std):
-        problems.append(f"model.mean={model.mean} and model.std={model.std} must be three numbers each, for red, green and blue, and std above 0")
+    if model.layer_scale < 0 and model.layer_scale != -1:
+        problems.append(f"model.layer_scale={model.layer_scale} must be above 0, or 0 for none, or -1 for that of init_from")
+    if model.registers < -1:
+        problems.append(f"model.registers={model.registers} must be at least 0, or -1 for that of init_from")
+    if model.video_position == "space_time" and model.embed != "separate":
+        problems.append("model.video_position=space_time is a table for videos alone: set model.embed=separate")
+    if len(model.mean) not in (0, 3) or len(model.std) not in (0, 3) or not all(value > 0 for value in model.std):
+        problems.append(f"model.mean={model.mean} and model.std={model.std} must be three numbers each, for red, green and blue, and std above 0 (or (), for those of init_from)")
     return problems
 
 

@@ -162,6 +162,19 @@ def test_bad_label_files(tmp_path):
         read_labels(write(tmp_path / "l.json", '{"a": 1, "b": 2}'))
     with pytest.raises(UserError):
         read_labels(tmp_path / "none.txt")
+    (tmp_path / "l.txt").write_bytes(b"cat\n\xe9t\xe9\n")
+    with pytest.raises(UserError, match=r"l\.txt is not UTF-8 text: save it as UTF-8, one class name a line$"):
+        read_labels(tmp_path / "l.txt")
+
+
+def test_class_names_that_a_run_cannot_keep(tmp_path):
+    touch(tmp_path, "a.mp4", "folders/cat/1.mp4", os.fsdecode(b"folders/\xe9t\xe9/1.mp4"))
+    write(tmp_path / "list.csv", "a.mp4 0\n")
+    write(tmp_path / "labels.json", '["up\\ndown", "left"]')
+    (line,) = faults(tmp_path, train="list.csv", labels="labels.json")
+    assert line == r"class names 'up\ndown' have line breaks or are not UTF-8: rename these classes"
+    (line,) = faults(tmp_path, source="folder", train="folders")
+    assert line == r"class names '\udce9t\udce9' have line breaks or are not UTF-8: rename these classes"
 
 
 # Faults

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.data.listed import faults, opened, pairs, touch, write
-from vidjoint.data import sources
+from vidjoint.data import archives, sources
 from vidjoint.data.labels import read_labels
 from vidjoint.data.records import Names, Source
 from vidjoint.data.sources import KINDS
@@ -141,6 +141,42 @@ def test_zip_is_read_from_threads_and_after_pickling(tmp_path):
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(read, range(4)))
+
+
+def test_many_zips_keep_few_files_open_while_threads_read_them_all(tmp_path):
+    """More archives than stay open, each read by threads that come back to it after others have pushed it out of the cache."""
+    touch(tmp_path / "d", *(f"a/{i}.jpg" for i in range(8)))
+    zips = [str(make_zip(tmp_path / f"{n}.zip", tmp_path / "d")) for n in range(24)]
+    members = [(file, name, place) for file in zips for name, place in archives.list_archive(Path(file)).items() if name.endswith(".jpg")]
+    gate = threading.Barrier(4)
+
+    def read(thread):
+        gate.wait()
+        order = np.random.default_rng(thread).permutation(np.repeat(np.arange(len(members)), 3))
+        return all(archives.read_member(members[i][0], *members[i][2]) == os.fsencode(members[i][1]) for i in order)
+
+    def still_open():
+        return sum(os.path.realpath(f"/proc/self/fd/{number}") in zips for number in os.listdir("/proc/self/fd"))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(4)))
+    assert still_open() == archives.open_archive.cache_info().maxsize < len(zips)
+    archives.open_archive.cache_clear()
+    assert still_open() == 0
+
+
+def test_an_archive_stays_open_for_its_reader(tmp_path):
+    touch(tmp_path / "d", "a/1.jpg")
+    zips = [str(make_zip(tmp_path / f"{n}.zip", tmp_path / "d")) for n in range(17)]
+    reader = archives.open_archive(zips[0])
+    for file in zips[1:]:
+        archives.open_archive(file)
+    assert archives.open_archive(zips[0]) is not reader  # it was pushed out
+    assert os.pread(reader.descriptor, 2, 0) == b"PK"
+    number = reader.descriptor
+    del reader
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
 
 
 # Folds, memory, pickling

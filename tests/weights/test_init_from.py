@@ -10,7 +10,7 @@ from vidjoint.checkpoints import Checkpoints
 from vidjoint.config import base_config, task_config
 from vidjoint.errors import UserError
 from vidjoint.models.build import Model, build
-from vidjoint.models.layers import resize_position, resize_time
+from vidjoint.models.position import resize_position, resize_time
 from vidjoint.run_folder import RunFolder
 from vidjoint.weights.init_from import init_from
 

@@ -3,6 +3,7 @@
 import functools
 import os
 import struct
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -30,10 +31,15 @@ def list_archive(path: Path) -> dict[str, tuple[int, int, int, int]]:
     return {info.filename: (info.header_offset, info.compress_size, info.compress_type, info.CRC) for info in members}
 
 
-@functools.lru_cache(maxsize=16)
-def open_archive(path: str, process: int) -> int:
-    """A file descriptor of this process; a forked child opens its own."""
-    return os.open(path, os.O_RDONLY)
+class OpenArchive:
+    """A zip that is open for reading. It closes when neither the cache nor a reader in any thread holds it any more."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY)  # a forked child may go on with it: `os.pread` moves no position
+        weakref.finalize(self, os.close, self.descriptor).atexit = False
+
+
+open_archive = functools.lru_cache(maxsize=16)(OpenArchive)
 
 
 def read_member(archive: str, offset: int, size: int, method: int, crc: int) -> bytes:
@@ -43,13 +49,13 @@ def read_member(archive: str, offset: int, size: int, method: int, crc: int) -> 
       DecodeError: the member is damaged, or the archive can't be read any more.
     """
     try:
-        descriptor = open_archive(archive, os.getpid())
-        header = os.pread(descriptor, 30, offset)
+        opened = open_archive(archive)  # held here, so another thread's reading cannot close it
+        header = os.pread(opened.descriptor, 30, offset)
         if len(header) < 30 or header[:4] != b"PK\3\4":
             raise DecodeError("the zip is damaged here: no member header")
         name_length, extra_length = struct.unpack("<HH", header[26:30])
         start, packed = offset + 30 + name_length + extra_length, b""
-        while len(packed) < size and (piece := os.pread(descriptor, size - len(packed), start + len(packed))):
+        while len(packed) < size and (piece := os.pread(opened.descriptor, size - len(packed), start + len(packed))):
             packed += piece
         content = zlib.decompress(packed, -zlib.MAX_WBITS) if method == zipfile.ZIP_DEFLATED else packed
     except OSError as error:

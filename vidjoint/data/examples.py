@@ -17,6 +17,7 @@ class ClipSpec:
     frames: int  # T; 1 for images
     size: tuple[int, int]  # height, width in pixels
     max_pixels: int  # width x height above which a file is refused
+    interpolation: str = "bilinear"  # how pictures are scaled: one of video.INTERPOLATIONS
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -34,11 +35,11 @@ def training_clip(example: dict, spec: ClipSpec, rng: np.random.Generator) -> np
         return transforms.train_geometry(height, width, spec.settings, spec.size, rng)
 
     if "image" in example:
-        clip = read_image(example["image"], choose, spec.max_pixels)
+        clip = read_image(example["image"], choose, spec.max_pixels, spec.interpolation)
     else:
         with Video(example["video"], spec.max_pixels) as video:
             times = clips.train_times(video.info, spec.frames, spec.settings, rng)
-            clip = video.read(times, choose(video.info.height, video.info.width))
+            clip = video.read(times, choose(video.info.height, video.info.width), spec.interpolation)
     return transforms.augment(clip, spec.settings, rng)
 
 
@@ -58,13 +59,13 @@ def views(example: dict, spec: ClipSpec, temporal: int, spatial: int, part: tupl
         return _hull(boxes)
 
     if "image" in example:
-        moments = [read_image(example["image"], choose, spec.max_pixels)] * temporal
+        moments = [read_image(example["image"], choose, spec.max_pixels, spec.interpolation)] * temporal
     else:
         with Video(example["video"], spec.max_pixels) as video:
             start, end = part or (0.0, video.info.duration)
             info = replace(video.info, duration=end - start)
             times = [start + clips.view_times(info, spec.frames, spec.settings, view, temporal) for view in range(temporal)]
-            clip = video.read(np.concatenate(times), choose(video.info.height, video.info.width))
+            clip = video.read(np.concatenate(times), choose(video.info.height, video.info.width), spec.interpolation)
         moments = np.split(clip, temporal)
     hull = _hull(boxes)
     return np.stack([_cut(clip, box, hull) for clip in moments for box in boxes])

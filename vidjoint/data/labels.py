@@ -29,10 +29,12 @@ def read_labels(file: Path) -> tuple[tuple[str, ...], dict[str, int]]:
     (Something-Something) and {number: name or [names]} (ImageNet). A name that two classes share (published lists have some) stands for neither.
     """
     try:
-        text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
+        text = file.read_bytes().decode("utf-8-sig")
         names = json_names(json.loads(text)) if file.suffix.lower() == ".json" else text_names(text)
     except OSError as error:
         raise UserError(f"labels: {file} can't be read ({error.strerror}): correct the path, or data_root") from None
+    except UnicodeDecodeError:
+        raise UserError(f"labels: {file} is not UTF-8 text: save it as UTF-8, one class name a line") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"labels: {file} is no list of class names ({error}): write one name per line") from None
     lookup, ambiguous = {}, set()
@@ -123,6 +125,12 @@ def one_row_per_file(paths: list[str], owners: np.ndarray, labels: np.ndarray, c
     targets = np.full((len(numbers), max(1, counts.max(initial=0))), -1, np.int32)
     targets[file, np.arange(len(file)) - (np.cumsum(counts) - counts)[file]] = labels
     return list(numbers), targets
+
+
+def unusable_names(names: tuple[str, ...]) -> list[str]:
+    """What is wrong with class names that a run's folder, which keeps one a line in UTF-8, can't hold."""
+    wrong = [name for name in names if re.search(r"[\n\r\ud800-\udfff]", name)]
+    return [f"class names {some(map(ascii, wrong))} have line breaks or are not UTF-8: rename these classes"] if wrong else []
 
 
 def number_labels(lists: list[Rows], labels: tuple[str, ...], lookup: dict[str, int] | None) -> tuple[np.ndarray, list[str]]:

@@ -24,6 +24,7 @@ from vidjoint.data.labels import (
     published_labels,
     read_labels,
     read_wordnet,
+    unusable_names,
 )
 from vidjoint.data.lists import Rows, add_kinetics, is_numeric, list_files, locate, name_files, read_list
 from vidjoint.data.records import FileRecords, Source, TfdsRecords, ZipRecords
@@ -57,6 +58,8 @@ def open_source(name: str, task: ConfigDict, split: str, data_root: str) -> Sour
         if not what:
             raise UserError("train is empty: name a list, a folder, a zip or a TFDS split")
         source = KINDS[task.source](task, what, split, Path(data_root).expanduser())
+        if faults := unusable_names(source.labels):
+            raise UserError(*faults)
         if parts:
             source = hold_out(source, part, parts, split)
         if hasattr(source.records, "targets"):

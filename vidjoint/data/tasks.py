@@ -31,7 +31,7 @@ def clip_spec(config: ConfigDict, name: str) -> ClipSpec:
     settings = config.tasks[name]
     frames = 1 if settings.media == "image" else settings.frames or config.model.frames
     size = tuple(settings.image_size) if any(settings.image_size) else (config.model.image_size,) * 2
-    return ClipSpec(settings, frames, size, config.data.max_pixels)
+    return ClipSpec(settings, frames, size, config.data.max_pixels, config.model.interpolation or "bilinear")
 
 
 def open_tasks(config: ConfigDict, splits: tuple[str, ...] = ("train", "val")) -> dict[str, Task]:

@@ -18,7 +18,7 @@ import av
 import numpy as np
 from av.stream import Discard, Disposition
 from av.video.reformatter import VideoReformatter
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vidjoint.data.transforms import Geometry
 
@@ -30,6 +30,7 @@ INDEX_STAMP = {"mov,mp4,m4a,3gp,3g2,mj2": "dts", "avi": "dts", "matroska,webm": 
 
 # What Image.open may recognise. Not on the list: formats that start other programs (EPS) or that hold no photographs.
 Image.init()
+INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}  # of pictures; FFmpeg has them under the same names
 IMAGE_FORMATS = [name for name in ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000") if name in Image.OPEN]
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {  # EXIF orientation -> what brings the picture upright
@@ -97,12 +98,13 @@ class Video:
         self._current = self._ahead = self._frames = None
         self._opened.close()
 
-    def read(self, times: np.ndarray, geometry: Geometry) -> np.ndarray:
+    def read(self, times: np.ndarray, geometry: Geometry, interpolation: str = "bilinear") -> np.ndarray:
         """Returns the frames shown at `times`, as uint8[T, height, width, 3] RGB in the order asked.
 
         Args:
           times: float[T], seconds from the first displayed frame; any order, repeats allowed.
           geometry: resize, crop and flip of the upright picture.
+          interpolation: how it is resized, one of INTERPOLATIONS.
 
         Raises:
           DecodeError: a wanted frame cannot be decoded. Damage after the last wanted frame does not matter.
@@ -118,7 +120,7 @@ class Video:
         with _one_line_reasons():
             for i in np.argsort(times, kind="stable"):
                 self._move_to(self._first_pts + int(ticks[i]))
-                clip[i] = clip[row] if self._current is done else self._picture(geometry)
+                clip[i] = clip[row] if self._current is done else self._picture(geometry, interpolation)
                 done, row = self._current, i
         return clip
 
@@ -303,23 +305,26 @@ class Video:
         self._start(self._stream_index)
         self._seekable = seekable
 
-    def _picture(self, geometry: Geometry) -> np.ndarray:
+    def _picture(self, geometry: Geometry, interpolation: str) -> np.ndarray:
         """The current frame as uint8[height, width, 3]: colour conversion and resize in one, then upright, crop, flip (views)."""
         height, width = geometry.resize
         if _is_transposed(self._matrix):
             height, width = width, height
-        small = self._resizer.reformat(self._current[1], width=width, height=height, format="rgb24", interpolation="BILINEAR", threads=1)
+        small = self._resizer.reformat(self._current[1], width=width, height=height, format="rgb24", interpolation=interpolation.upper(), threads=1)
         picture = _upright(small.to_ndarray(), self._matrix)
         picture = picture[geometry.top : geometry.top + geometry.height, geometry.left : geometry.left + geometry.width]
         return picture[:, ::-1] if geometry.flip else picture
 
 
-def read_image(file: str | Path | bytes, choose: Callable[[int, int], Geometry], max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(
+    file: str | Path | bytes, choose: Callable[[int, int], Geometry], max_pixels: int = MAX_PIXELS, interpolation: str = "bilinear"
+) -> np.ndarray:
     """Returns a picture as uint8[1, height, width, 3] RGB: upright by its EXIF orientation, resized and cropped in one, alpha dropped.
 
     Args:
       file: a local file, or one held in memory. Of an animation the first frame counts.
       choose: gives the geometry for a picture of (height, width) pixels.
+      interpolation: how it is resized, one of INTERPOLATIONS.
 
     Raises:
       DecodeError: it is no picture, or damaged, or has more than `max_pixels` pixels (refused before decoding).
@@ -345,7 +350,7 @@ def read_image(file: str | Path | bytes, choose: Callable[[int, int], Geometry],
             down, right = picture.height / height, picture.width / width  # pixels of the source per resized pixel
             left, top = geometry.left * right, geometry.top * down
             box = (left, top, min(left + geometry.width * right, picture.width), min(top + geometry.height * down, picture.height))  # min: rounding
-            pixels = np.asarray(picture.resize((geometry.width, geometry.height), Image.Resampling.BILINEAR, box=box))
+            pixels = np.asarray(picture.resize((geometry.width, geometry.height), INTERPOLATIONS[interpolation], box=box))
     return np.ascontiguousarray(pixels[:, ::-1] if geometry.flip else pixels)[None]
 
 
@@ -402,6 +407,8 @@ def _one_line_reasons() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "no picture, or of an unknown kind"
     text = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
     return text[0] if text else type(error).__name__
 

@@ -5,7 +5,7 @@ import functools
 import jax
 from flax import nnx
 
-from vidjoint.models.layers import Attention, Mlp, drop_path, layer_norm
+from vidjoint.models.layers import Attention, LayerScale, Mlp, drop_path, layer_norm
 from vidjoint.models.mixers import MIXERS
 from vidjoint.models.mixers.base import Grid
 from vidjoint.models.spec import ViTSpec
@@ -20,8 +20,20 @@ class Block(nnx.Module):
         self.norm1 = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
         self.attn = Attention(spec.width, spec.heads, dtype=spec.dtype, rngs=rngs)
         self.norm2 = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
-        self.mlp = Mlp(spec.width, spec.mlp_dim, tanh_gelu=spec.gelu == "tanh", dtype=spec.dtype, rngs=rngs)
+        self.mlp = Mlp(spec.width, spec.mlp_dim, gelu=spec.gelu, dtype=spec.dtype, rngs=rngs)
         self.mixer = MIXERS[spec.mixer](spec, index, rngs)
+        self.has_scales = bool(spec.layer_scale)
+        if self.has_scales:
+            self.scale1, self.scale2 = (LayerScale(spec.width, spec.layer_scale) for _ in range(2))
+
+    def attention_scale(self, residual: jax.Array) -> jax.Array:
+        """LayerScale of the attention's residual, where the model has it."""
+        return self.scale1(residual) if self.has_scales else residual
+
+    def mlp_residual(self, x: jax.Array) -> jax.Array:
+        """What the MLP adds to tokens float[..., D], with its LayerScale."""
+        residual = self.mlp(self.norm2(x))
+        return self.scale2(residual) if self.has_scales else residual
 
     def __call__(self, x: jax.Array, key: jax.Array | None, grid: Grid | None = None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """float[B, T, N, D] -> the same, and the mixer's branch features; `key` drives stochastic depth, None turns it off.
@@ -32,8 +44,8 @@ class Block(nnx.Module):
         drops = [functools.partial(drop_path, rate=self.drop_rate, key=k) for k in keys]
         x = self.mixer.before_attention(x, drops[0], grid)
         residual, q, k = self.mixer.attend(self.attn, self.norm1(x))
-        residual, branches = self.mixer.after_attention(residual, x, q, k)
+        residual, branches = self.mixer.after_attention(self.attention_scale(residual), x, q, k)
         x = x + drops[1](residual)
         x = self.mixer.before_mlp(x, drops[0], grid)
-        residual, more = self.mixer.after_mlp(self.mlp(self.norm2(x)), x)
+        residual, more = self.mixer.after_mlp(self.mlp_residual(x), x)
         return x + drops[2](residual), branches + more

@@ -19,17 +19,37 @@ PRESETS = {  # width, depth, heads, MLP width (Dosovitskiy et al. 2021, table 1;
 }
 
 
-def spec_from_config(model) -> ViTSpec:
-    """Resolves `config.model` (variant plus overrides; 0 means the variant's value). Assumes that `vidjoint.validate` has accepted it."""
+# Keys of `config.model` that pretrained weights decide, with the value that stands for "not set"
+OF_WEIGHTS = {
+    "gelu": "",
+    "norm_eps": 0.0,
+    "mean": (),
+    "std": (),
+    "interpolation": "",
+    "layer_scale": -1.0,
+    "registers": -1,
+    "pre_norm": "",
+    "position_resize": "",
+    "video_position": "",
+}
+
+
+def sizes_of(model) -> dict[str, int]:
+    """Width, depth, heads, mlp_dim and patch of `config.model`: the variant's, but for those that are set."""
     size, patch = model.variant.split("/")
     width, depth, heads, mlp_dim = PRESETS[size]
     sizes = {"width": width, "depth": depth, "heads": heads, "mlp_dim": mlp_dim, "patch": int(patch)}
-    sizes = {key: model[key] or value for key, value in sizes.items()}
+    return {key: model[key] or value for key, value in sizes.items()}
+
+
+def spec_from_config(model) -> ViTSpec:
+    """Resolves `config.model` (variant plus overrides; what is not set has ViTSpec's default). Assumes that `vidjoint.validate` has accepted it."""
+    settings = sizes_of(model)
     for field in dataclasses.fields(ViTSpec):
-        if field.name not in sizes:
+        if field.name not in settings and not (field.name in OF_WEIGHTS and model[field.name] == OF_WEIGHTS[field.name]):
             value = model[field.name]
-            sizes[field.name] = field.type(**value) if dataclasses.is_dataclass(field.type) else value
-    return ViTSpec(**sizes)
+            settings[field.name] = field.type(**value) if dataclasses.is_dataclass(field.type) else value
+    return ViTSpec(**settings)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""The parts every block is made of: dense layers, attention, MLP, stochastic depth, and tables that stretch to another size.
+"""The parts every block is made of: dense layers, attention, MLP and stochastic depth.
 
 Parameters are float32; `dtype` is the compute type. Softmax and layer statistics are computed in float32.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 
@@ -58,16 +59,33 @@ class Attention(nnx.Module):
         return self.proj(out), q.reshape(*lead, *q.shape[1:]), k.reshape(*lead, *k.shape[1:])
 
 
-class Mlp(nnx.Module):
-    """Two dense layers with GELU between them (float[..., D] -> float[..., D])."""
+GELUS = {
+    "exact": functools.partial(jax.nn.gelu, approximate=False),  # timm, Hugging Face's ViT, DINOv2, TimeSformer
+    "tanh": functools.partial(jax.nn.gelu, approximate=True),  # Flax: the ViT of Google, big_vision, ViViT
+    "quick": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP
+}
 
-    def __init__(self, width: int, hidden: int, *, tanh_gelu: bool, dtype, rngs: nnx.Rngs):
-        self.tanh_gelu = tanh_gelu
+
+class Mlp(nnx.Module):
+    """Two dense layers with GELU between them (float[..., D] -> float[..., D]); `gelu` is one of GELUS."""
+
+    def __init__(self, width: int, hidden: int, *, gelu: str, dtype, rngs: nnx.Rngs):
+        self.gelu = gelu
         self.fc1 = Dense(width, hidden, dtype=dtype, rngs=rngs)
         self.fc2 = Dense(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.tanh_gelu))
+        return self.fc2(GELUS[self.gelu](self.fc1(x)))
+
+
+class LayerScale(nnx.Module):
+    """A factor for each channel of a residual (CaiT; DINOv2): float[..., D] -> the same."""
+
+    def __init__(self, width: int, value: float):
+        self.gamma = nnx.Param(jnp.full(width, value))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.gamma[...].astype(x.dtype)
 
 
 def drop_path(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -76,35 +94,3 @@ def drop_path(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
     return jnp.where(keep, x / (1.0 - rate), 0)
-
-
-def bicubic_matrix(size: int, new_size: int) -> np.ndarray:
-    """Weights float32[new_size, size] of cubic interpolation along one axis: half-pixel centres, clamped edges, no antialias, A = -0.75.
-
-    This is torch's kernel, with which published position tables were resized; `jax.image.resize` uses A = -0.5 and antialiases.
-    """
-    centre = (np.arange(new_size) + 0.5) * size / new_size - 0.5
-    first = np.floor(centre).astype(int) - 1
-    matrix = np.zeros((new_size, size))
-    for tap in range(4):
-        distance = np.abs(centre - (first + tap))
-        near = (1.25 * distance - 2.25) * distance**2 + 1.0
-        far = -0.75 * (((distance - 5.0) * distance + 8.0) * distance - 4.0)
-        weight = np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
-        np.add.at(matrix, (np.arange(new_size), np.clip(first + tap, 0, size - 1)), weight)
-    return matrix.astype(np.float32)
-
-
-def resize_position(table: jax.Array, prefix: int, grid: tuple[int, int], new_grid: tuple[int, int]) -> jax.Array:
-    """Stretches a position table float[prefix + h * w, D] to another patch grid, bicubically; the rows of class and register tokens stay."""
-    if grid == new_grid:
-        return table
-    patches = table[prefix:].reshape(*grid, -1)
-    rows, columns = (bicubic_matrix(old, new) for old, new in zip(grid, new_grid, strict=True))
-    patches = jnp.einsum("ih,hwd,jw->ijd", rows, patches, columns)
-    return jnp.concatenate([table[:prefix], patches.reshape(-1, table.shape[-1])])
-
-
-def resize_time(table: jax.Array, frames: int) -> jax.Array:
-    """Takes `frames` rows of a time table float[T, D] by nearest neighbour, as TimeSformer does: a single image gets row 0."""
-    return table if len(table) == frames else table[np.arange(frames) * len(table) // frames]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vidjoint.models.block import Block
-from vidjoint.models.layers import Attention, dot_product_attention, layer_norm, resize_time
+from vidjoint.models.layers import Attention, dot_product_attention, layer_norm
+from vidjoint.models.position import resize_time
 from vidjoint.models.spec import ViTSpec
 
 
@@ -16,10 +17,10 @@ class ClassToken(nnx.Module):
     """Mean of the frames' class tokens (late fusion; IV-ViT eq. 5)."""
 
     def __init__(self, spec: ViTSpec, rngs: nnx.Rngs):
-        self.prefix = spec.prefix
+        self.prefix, self.width = spec.prefix, spec.width
 
     def __call__(self, x: jax.Array, norm: Callable, key: jax.Array | None) -> jax.Array:
-        """Tokens float[B, T, N, D] before the last norm -> float[B, D]; `key` turns stochastic depth on where there is any."""
+        """Tokens float[B, T, N, D] before the last norm -> float[B, self.width]; `key` turns stochastic depth on where there is any."""
         return norm(x[:, :, 0]).mean(axis=1)
 
 
@@ -28,6 +29,25 @@ class Average(ClassToken):
 
     def __call__(self, x: jax.Array, norm: Callable, key: jax.Array | None) -> jax.Array:
         return norm(x[:, :, self.prefix :]).mean(axis=(1, 2))
+
+
+class PatchMean(ClassToken):
+    """Mean of all patches of all frames before the last norm (VideoMAE; timm's `fc_norm`)."""
+
+    def __call__(self, x: jax.Array, norm: Callable, key: jax.Array | None) -> jax.Array:
+        return norm(x[:, :, self.prefix :].mean(axis=(1, 2)))
+
+
+class ClassAndAverage(ClassToken):
+    """The class token and the mean of the patches side by side, both after the last norm, means over the frames: 2 D (DINOv2's linear classifier)."""
+
+    def __init__(self, spec: ViTSpec, rngs: nnx.Rngs):
+        super().__init__(spec, rngs)
+        self.width = 2 * spec.width
+
+    def __call__(self, x: jax.Array, norm: Callable, key: jax.Array | None) -> jax.Array:
+        x = norm(x)
+        return jnp.concatenate([x[:, :, 0].mean(axis=1), x[:, :, self.prefix :].mean(axis=(1, 2))], axis=-1)
 
 
 class FrameMean(ClassToken):
@@ -51,7 +71,7 @@ class ClassAttention(nnx.Module):
     """
 
     def __init__(self, spec: ViTSpec, rngs: nnx.Rngs):
-        self.prefix = spec.prefix
+        self.prefix, self.width = spec.prefix, spec.width
         self.class_token = nnx.Param(table(rngs, spec.width))
         self.blocks = nnx.List([ClassAttentionBlock(spec, rngs) for _ in range(spec.class_attention.blocks)])
 
@@ -78,8 +98,8 @@ class ClassAttentionBlock(Block):
         query, keys = self.norm1(token), self.norm1(patches)
         if self.token_is_key:
             keys = jnp.concatenate([query, keys], axis=1)
-        token = token + cross_attention(self.attn, query, keys)
-        return token + self.mlp(self.norm2(token))
+        token = token + self.attention_scale(cross_attention(self.attn, query, keys))
+        return token + self.mlp_residual(token)
 
 
 class TemporalEncoder(nnx.Module):
@@ -91,7 +111,7 @@ class TemporalEncoder(nnx.Module):
 
     def __init__(self, spec: ViTSpec, rngs: nnx.Rngs):
         depth = spec.temporal_encoder.depth
-        self.prefix = spec.prefix
+        self.prefix, self.has_class_token, self.width = spec.prefix, spec.class_token, spec.width
         self.class_token = nnx.Param(table(rngs, spec.width))
         self.time = nnx.Param(table(rngs, spec.times, spec.width))
         self.blocks = nnx.List([Block(plain(spec, depth), i, rngs) for i in range(depth)])
@@ -99,7 +119,7 @@ class TemporalEncoder(nnx.Module):
 
     def __call__(self, x: jax.Array, norm: Callable, key: jax.Array | None) -> jax.Array:
         batch, frames, _, width = x.shape
-        x = norm(x[:, :, 0]) if self.prefix else norm(x).mean(axis=2)
+        x = norm(x[:, :, 0]) if self.has_class_token else norm(x[:, :, self.prefix :]).mean(axis=2)
         x = x + resize_time(self.time[...], frames).astype(x.dtype)
         token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (batch, 1, width))
         x = jnp.concatenate([token, x], axis=1)[:, None]  # [B, 1, 1 + T, D]: to a block, one frame whose tokens are the frames
@@ -133,9 +153,11 @@ def table(rngs: nnx.Rngs, *shape: int) -> jax.Array:
 POOLS = {
     "class_token": ClassToken,
     "average": Average,
+    "patch_mean": PatchMean,
+    "class_and_average": ClassAndAverage,
     "frame_mean": FrameMean,
     "last_frame": LastFrame,
     "class_attention": ClassAttention,
     "temporal_encoder": TemporalEncoder,
 }
-NEED_CLASS_TOKEN = ("class_token", "frame_mean", "last_frame")
+NEED_CLASS_TOKEN = ("class_token", "class_and_average", "frame_mean", "last_frame")

@@ -81,6 +81,11 @@ class ViTSpec:
     dropout: float = 0.0
     gelu: str = "exact"
     norm_eps: float = 1e-6
+    layer_scale: float = 0.0  # initial value; 0: none
+    registers: int = 0  # tokens per frame after the class token
+    pre_norm: str = "none"
+    position_resize: str = "bicubic"
+    video_position: str = "grid"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     divided: DividedSpec = DividedSpec()
@@ -92,8 +97,8 @@ class ViTSpec:
 
     @property
     def prefix(self) -> int:
-        """Tokens before the patches of each frame."""
-        return int(self.class_token)
+        """Tokens before the patches of each frame: class token, then registers."""
+        return int(self.class_token) + self.registers
 
     @property
     def grid(self) -> tuple[int, int]:

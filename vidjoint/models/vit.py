@@ -24,7 +24,7 @@ class ViT(nnx.Module):
         self.norm = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
         self.pool = POOLS[spec.pool](spec, rngs)
         branches = [width for block in self.blocks for width in block.mixer.branch_widths]
-        self.heads = Heads((spec.width, *branches), classes, rngs)
+        self.heads = Heads((self.pool.width, *branches), classes, rngs)
 
     def encode(self, pixels: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, list[jax.Array]]:
         """uint8 or float[B, T, height, width, 3] in 0..255 -> tokens float[B, T, N, D] before the last norm, and the branch features of all blocks.

@@ -12,7 +12,7 @@ from vidjoint.checkpoints import load_params
 from vidjoint.errors import UserError
 from vidjoint.models.build import spec_from_config
 from vidjoint.models.embed import inflate
-from vidjoint.models.layers import resize_position, resize_time
+from vidjoint.models.position import resize_position, resize_time
 from vidjoint.models.spec import ViTSpec
 from vidjoint.run_folder import RunFolder
 

@@ -32,7 +32,7 @@ class TokenShift(Mixer):
 
     def __init__(self, spec: ViTSpec, index: int, rngs: nnx.Rngs):
         super().__init__(spec, index, rngs)
-        self.settings = spec.token_shift
+        self.settings, self.has_class_token = spec.token_shift, spec.class_token
 
     def before_attention(self, x: jax.Array, drop: Drop, grid: Grid | None) -> jax.Array:
         return self.before_mlp(x, drop, grid)
@@ -40,6 +40,6 @@ class TokenShift(Mixer):
     def before_mlp(self, x: jax.Array, drop: Drop, grid: Grid | None) -> jax.Array:
         if x.shape[1] == 1 or not self.active:
             return x
-        moving = x.shape[2] if self.settings.tokens == "all" else self.prefix
+        moving = x.shape[2] if self.settings.tokens == "all" else int(self.has_class_token)
         moved = shift(x[:, :, :moving], self.settings.fraction, self.settings.direction == "next_first")
         return jnp.concatenate([moved, x[:, :, moving:]], axis=2)
