@@ -57,10 +57,14 @@ def test_command_draws_a_picture(run, tmp_path, capsys):
 
 def test_mistakes_are_lines(run, tmp_path, capsys):
     clip, out = str(run / "clip.mp4"), f"--out={tmp_path / 'x.png'}"
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "text.mp4").write_text("no video")
     for arguments, line in {
         (f"--workdir={run}", clip, f"--out={tmp_path / 'x.txt'}"): "name a .png file",
         (f"--workdir={run}", clip, f"--out={tmp_path / 'no' / 'x.png'}"): "is no folder that can be written",
+        (f"--workdir={run}", clip, f"--out={tmp_path / 'folder.png'}"): "is a folder",
         (f"--workdir={run}", str(run / "none.mp4"), out): "none.mp4: ",
+        (f"--workdir={run}", str(tmp_path / "text.mp4"), out): "text.mp4: no video",
         (f"--workdir={tmp_path}", clip, out): str(tmp_path),
     }.items():
         assert visualize.main(list(arguments)) == 2

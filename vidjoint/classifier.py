@@ -6,16 +6,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import traverse_util
 
-from vidjoint import optim, sharding
-from vidjoint.checkpoints import load_params
+from vidjoint import sharding
 from vidjoint.data.prediction import Row, Window, decoded, group
 from vidjoint.data.tasks import clip_spec
 from vidjoint.data.workers import cores
 from vidjoint.errors import UserError
 from vidjoint.models.build import build
-from vidjoint.run_folder import RunFolder
 from vidjoint.step import make_eval_step, multilabel_tasks, probabilities
+from vidjoint.weights.pretrained import open_weights
 
 MAX_BATCH_BYTES = 2**28  # uint8 pixels that go to the device at a time: bounds its memory and ours where clips are large
 
@@ -26,12 +26,12 @@ class Classifier:
     Attributes:
       labels: task -> class names, in the order of the head's outputs.
       config: the config of the run.
-      step: number of updates the parameters have seen.
+      step: number of updates the parameters have seen; None for weights that are not a run's.
       params: all parameters, float32 (the moving average where the run kept one).
     """
 
     def __init__(self, folder: str | Path, step: int | str | None = None, batch_size: int | None = None):
-        """Opens the folder of a training run.
+        """Opens the folder of a training run or of weights, or another project's weights (docs/weights.md).
 
         Args:
           step: which checkpoint, a number or "best" (by mean validation top-1, or mAP for multilabel tasks); None is the newest.
@@ -40,14 +40,13 @@ class Classifier:
         Raises:
           UserError: the folder holds no run, or not that checkpoint.
         """
-        run = RunFolder(Path(folder).expanduser())
-        self.config, self.labels = run.config, run.labels
+        weights = open_weights(folder, step)
+        self.config, self.labels, self.step = weights.config, weights.labels, weights.step
         if batch_size is not None and batch_size < 1:
             raise UserError(f"--batch_size={batch_size}: at least 1")
         self.config.eval.batch_size = batch_size or self.config.eval.batch_size or self.config.batch_size
         self.model = build(self.config.model, {task: len(names) for task, names in self.labels.items()})
-        self.step, parts = load_params(run.path, step)
-        self.params = jax.device_put(optim.join(parts["ema"] or parts["params"], parts["frozen"]))
+        self.params = jax.device_put(traverse_util.unflatten_dict(weights.params, sep="/"))
         average, multilabel = self.config.eval.average, multilabel_tasks(self.config)
         eval_step = make_eval_step(self.model, average, multilabel)
 
@@ -118,6 +117,8 @@ class Classifier:
         Raises:
           UserError: there is no such task, or several that could be meant.
         """
+        if not self.labels:
+            raise UserError("these weights have no classifier: train one with --config.init_from, or use embed() for features")
         videos = [name for name in self.labels if self.config.tasks[name].media == "video"]
         for only in (list(self.labels), videos):
             if task is None and len(only) == 1:

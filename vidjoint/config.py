@@ -36,8 +36,8 @@ def base_config() -> ConfigDict:
     c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
     c.keep_checkpoints = 2  # how many of the newest checkpoints stay; the best one stays besides
     c.log_every = 50  # steps between log events; each is a mean over the steps since the last one
-    # folder of an earlier run or of imported weights, or a file of another project's weights (docs/weights.md), whose parameters this run starts from;
-    # heads of other label lists start anew
+    # folder of an earlier run or of imported weights, or a file of another project's weights (docs/weights.md), whose parameters this run starts
+    # from; heads of other label lists start anew
     c.init_from = ""
     c.init_allow = ()  # regular expressions: parameters that may be new, or unused, though init_from gives no reason for it
 
@@ -79,9 +79,10 @@ def base_config() -> ConfigDict:
     m.temporal_init = "zero"
     # class_token: mean of the frames' class tokens (late fusion); average: mean of all patches; patch_mean: the same before the last norm (VideoMAE);
     # class_and_average: both side by side (DINOv2's classifier); frame_mean: mean over frames before the last norm, then the class token (TimeSformer
-    # space-only); last_frame: that frame's class token (AM Flow); class_attention: MEViT; temporal_encoder: ViViT
+    # space-only); last_frame: that frame's class token (AM Flow); first_token: the clip's first token, be it a patch (a VideoMAE that Hugging Face's
+    # library fine-tuned); class_attention: MEViT; temporal_encoder: ViViT
     m.pool = "class_token"
-    m.class_token = True  # False: no class token in the blocks; pool must be average, patch_mean, class_attention or temporal_encoder
+    m.class_token = True  # False: no class token in the blocks; pool: average, patch_mean, first_token, class_attention or temporal_encoder
     m.dtype = "bfloat16"  # compute type; parameters, softmax and losses stay float32. On a CPU float32 is faster
     m.remat = "none"  # none, or block: recompute each block in the backward pass (less memory, a third more compute)
     m.drop_path = 0.0  # stochastic depth: share of dropped residuals in the last block, rising linearly from 0
@@ -89,6 +90,7 @@ def base_config() -> ConfigDict:
     # What pretrained weights rely on. Left as they are here, these are taken from the weights that init_from names, or else as said
     m.gelu = ""  # exact, tanh or quick (CLIP); "": exact
     m.norm_eps = 0.0  # LayerNorm epsilon; 0: 1e-6
+    m.last_norm_eps = 0.0  # that of the last norm, where it has one of its own (Hugging Face's VideoMAE); 0: norm_eps
     m.mean = ()  # RGB mean of the inputs in 0..1; (): 0.5 each
     m.std = ()  # RGB standard deviation; (): 0.5 each
     m.interpolation = ""  # how pictures are scaled to the input: bilinear or bicubic; "": bilinear
@@ -96,10 +98,10 @@ def base_config() -> ConfigDict:
     m.registers = -1  # register tokens per frame (DINOv2 with registers); -1: none
     m.pre_norm = ""  # none, or layer_norm: a norm of the tokens before the blocks (CLIP); "": none
     # how position tables are stretched to another grid, now and in every step: bicubic (torch; Hugging Face), bicubic_antialias (timm),
-    # bicubic_offset (DINOv2's own code), bilinear (timm for .npz), bilinear_corners (Google's ViT, big_vision), nearest (TimeSformer), nearest_1d (TimeSformer's loader),
-    # sinusoid (VideoMAE: made anew); "": bicubic
+    # bicubic_offset (DINOv2's own code), bilinear (timm for .npz), bilinear_corners (Google's ViT, big_vision), nearest (TimeSformer), nearest_1d
+    # (TimeSformer's loader), sinusoid (VideoMAE: made anew); "": bicubic
     m.position_resize = ""
-    m.video_position = ""  # embed=separate: grid (one table for all frames), or space_time (a row for each token of a clip: ViViT, VideoMAE); "": grid
+    m.video_position = ""  # embed=separate: grid (one table for all frames) or space_time (a row per token of a clip: ViViT, VideoMAE); "": grid
     m.divided = ConfigDict()  # mixer divided (TimeSformer)
     m.divided.image_temporal = "affine"  # at one frame: affine (softmax over one key, CoVeR appendix A), or skip the branch
     m.token_shift = ConfigDict()  # mixer token_shift (TokenShift, IV-ViT)

@@ -1,4 +1,8 @@
-"""The folder of a run: `config.json`, `labels/TASK.txt`, `checkpoints/`, `metrics.jsonl`, `results.json`, `eval/`. Knows names, not arrays."""
+"""The folder of a run: `config.json`, `labels/TASK.txt`, `init_from.txt`, `checkpoints/`, `metrics.jsonl`, `results.json`, `eval/`.
+
+A folder of imported or exported weights is the same with one file, `weights.safetensors`, in place of the checkpoints. This module knows names, not
+arrays.
+"""
 
 import functools
 import re
@@ -12,7 +16,7 @@ from vidjoint.metrics import write_whole
 
 # Keys that may change between the start of a run and its continuation: they don't say what is computed, only where, how fast and what is looked at
 HARMLESS = re.compile(
-    r"eval\..*|eval_every|log_every|checkpoint_every|keep_checkpoints|data\.(threads|workers|prefetch|max_bad_share)|mesh\..*|data_root|init_from"
+    r"eval\..*|eval_every|log_every|checkpoint_every|keep_checkpoints|data\.(threads|workers|prefetch|max_bad_share)|mesh\..*|data_root|init_(from|allow)"
 )
 
 
@@ -45,6 +49,11 @@ class RunFolder:
         return self.path / "labels" / f"{task}.txt"
 
     @property
+    def weights(self) -> Path:
+        """The parameters of a folder that no run has made, or that an export has."""
+        return self.path / "weights.safetensors"
+
+    @property
     def has_checkpoint(self) -> bool:
         """Whether there is a run to go on with."""
         return any(child.name.isdigit() for child in (self.path / "checkpoints").glob("*"))
@@ -53,8 +62,10 @@ class RunFolder:
         """Returns if what is here may go on with this config: there is no checkpoint yet, or it was started with settings that compute the same.
 
         Raises:
-          UserError: there is one with other settings; lists the differences.
+          UserError: there is one with other settings; lists the differences. Or this is a folder of weights.
         """
+        if self.weights.exists():
+            raise UserError(f"{self.path} holds weights, not a run: give another --workdir, and init_from={self.path} to start from them")
         if not self.has_checkpoint:
             return
         changed = [line for line in config_module.difference(self.config, config) if not HARMLESS.fullmatch(line.partition(":")[0])]

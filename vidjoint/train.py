@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -27,7 +28,8 @@ from vidjoint.data.tasks import Task, open_tasks, union_size
 from vidjoint.errors import UserError
 from vidjoint.models.build import Model, build, count_parameters
 from vidjoint.run_folder import RunFolder
-from vidjoint.weights.init_from import init_from
+from vidjoint.weights.init_from import Plan, plan
+from vidjoint.weights.pretrained import adopt, open_weights
 
 MEMORY_ADVICE = "lower batch_size, set model.remat=block, or share the parameters out by mesh.fsdp"
 BATCHES = {  # the schedules in words, before what they take of each task
@@ -56,13 +58,14 @@ class Stopped(Exception):
 class Setup:
     """Everything a run needs besides its state; what can be wrong with a config has been found."""
 
-    config: ConfigDict
+    config: ConfigDict  # complete: with the settings that come with pretrained weights
     tasks: dict[str, Task]
     mesh: jax.sharding.Mesh
     mixture: Mixture
     model: Model
     total_steps: int
     schedule: Callable  # update number -> learning rate
+    start: Plan | None  # what the model takes over of `config.init_from`
     abstract_state: step.TrainState  # shapes, dtypes and shardings
     init: Callable  # random key -> TrainState
     train_step: Callable  # (state, tuple of batches on the devices) -> (state, metrics); donates the state
@@ -77,7 +80,14 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
     Raises:
       UserError: everything the user can put right, reported together.
     """
-    problems = validate.check(config)
+    problems, weights = [], None
+    if config.init_from and not resumes:
+        try:
+            weights = open_weights(config.init_from)
+            config = adopt(config, weights.config)
+        except UserError as error:
+            problems += [f"init_from: {line}" for line in error.lines]
+    problems += validate.check(config)
     config_is_sound, tasks_are_sound = not problems, not any(line.startswith("tasks.") for line in problems)
 
     def attempt(function, *args):
@@ -92,8 +102,6 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
     if config_is_sound and mesh and config.optim.freeze:
         parameters = build(config.model, {name: max(task.classes, 1) for name, task in config.tasks.items()}).abstract()
         attempt(optim.split_frozen, parameters, config.optim.freeze)
-    if config.init_from and not resumes and not (Path(config.init_from).expanduser() / "config.json").is_file():
-        problems.append(f"init_from={config.init_from} is no folder of a run: train that model first, or set init_from='' to start from scratch")
     if problems:
         raise UserError(*problems)
     for task in tasks.values():
@@ -111,6 +119,8 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
     schedule = optim.make_schedule(config.optim, total_steps, per_epoch)
     optimizer = optim.make_optimizer(config.optim, schedule, len(tasks))
     model = build(config.model, {name: len(task.labels) for name, task in tasks.items()})
+    labels = {name: task.labels for name, task in tasks.items()}
+    start = weights and plan(weights, model.abstract(), model.spec, labels, config.init_allow)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     mixture = Mixture(config, tasks, total_steps, process=jax.process_index(), processes=jax.process_count(), row_multiple=shards)
 
@@ -128,7 +138,7 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
         donate_argnums=0,
     )
     init = jax.jit(fresh, out_shardings=shardings)
-    return Setup(config, tasks, mesh, mixture, model, total_steps, schedule, abstract, init, train_step)
+    return Setup(config, tasks, mesh, mixture, model, total_steps, schedule, start, abstract, init, train_step)
 
 
 def open_devices(config: ConfigDict) -> jax.sharding.Mesh:
@@ -143,10 +153,11 @@ def open_devices(config: ConfigDict) -> jax.sharding.Mesh:
 def initial_state(setup: Setup) -> step.TrainState:
     """The state at step 0: fresh, or with the parameters of `config.init_from`."""
     state = setup.init(jax.random.key(setup.config.seed))
-    if not setup.config.init_from:
+    if setup.start is None:
         return state
-    labels = {name: task.labels for name, task in setup.tasks.items()}
-    params = init_from(setup.config.init_from, optim.join(state.params, state.frozen), setup.model.spec, labels, log.info)
+    for line in setup.start.summary():
+        log.info("%s", line)
+    params = setup.start.apply(optim.join(state.params, state.frozen))
     trained, frozen = optim.split_frozen(params, setup.config.optim.freeze)
     ema = jax.tree.map(jnp.copy, trained) if setup.config.optim.ema else {}  # the step donates both
     loaded = step.TrainState(state.step, trained, frozen, state.opt_state, ema)
@@ -161,16 +172,22 @@ def train(config: ConfigDict, workdir: str | Path, force_config: bool = False) -
       Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
     folder = RunFolder(Path(workdir).expanduser())
+    if folder.has_checkpoint:
+        config = adopt(config, folder.config)
     setup = prepare(config, resumes=folder.has_checkpoint)
+    config = setup.config
     labels = {name: task.labels for name, task in setup.tasks.items()}
     if not force_config:
         folder.check(config, labels)
     if jax.process_index() == 0:
         folder.write(config, labels)
+        if setup.start:
+            metrics.write_whole(folder.path / "init_from.txt", setup.start.table().encode())
     evaluator = evaluate.Evaluator(config, setup.model, setup.tasks, setup.mesh)
     with Checkpoints(folder.path, config.keep_checkpoints) as checkpoints, StopSignal() as stop, sharding.memory_errors(MEMORY_ADVICE):
         start = checkpoints.latest()
         state = initial_state(setup) if start is None else checkpoints.restore(setup.abstract_state)
+        setup = dataclasses.replace(setup, start=None)  # frees the weights that were read
         start = start or 0
         print_summary(setup, state, start, folder.path)
         with Log(folder.path, start, setup.total_steps) as events:

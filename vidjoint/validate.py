@@ -57,7 +57,7 @@ POSITIVE += ("model.tubelet", "model.motion.block", "model.class_attention.block
 POSITIVE += tuple(f"model.am_flow.{key}" for key in ("bottleneck", "hyper_width", "encoder_width", "encoder_mlp", "encoder_heads"))
 POSITIVE += tuple(f"model.am_flow.{key}" for key in ("tpu_width", "tpu_layers", "tpu_mlp", "tpu_heads"))
 NOT_NEGATIVE = ("seed", "total_steps", "total_epochs", "eval_every", "data.threads", "data.workers", "loss.mixup", "loss.cutmix", "eval.batch_size")
-NOT_NEGATIVE += tuple(f"model.{key}" for key in ("width", "depth", "heads", "mlp_dim", "patch", "norm_eps"))
+NOT_NEGATIVE += tuple(f"model.{key}" for key in ("width", "depth", "heads", "mlp_dim", "patch", "norm_eps", "last_norm_eps"))
 TASK_POSITIVE = ("sample_weight", "window_seconds")
 TASK_NOT_NEGATIVE = ("classes", "loss_weight", "steps", "batch_size", "frames", "randaugment_layers", "randaugment_magnitude")
 VARIANT = re.compile(r"(\w+)/([1-9]\d*)")
@@ -117,7 +117,8 @@ def _check_tuples(config: ConfigDict, prefix: str = "") -> list[str]:
 
 def _check_numbers(config: ConfigDict, choices: dict, positive: tuple, not_negative: tuple) -> list[str]:
     value = {key: _get(config, key) for key in (*choices, *positive, *not_negative)}
-    problems = [f"{key}={value[key]!r} is unknown: choose one of {', '.join(filter(None, names))}" for key, names in choices.items() if value[key] not in names]
+    wrong = {key: filter(None, names) for key, names in choices.items() if value[key] not in names}
+    problems = [f"{key}={value[key]!r} is unknown: choose one of {', '.join(names)}" for key, names in wrong.items()]
     problems += [f"{key}={value[key]} must be above 0" for key in positive if not value[key] > 0]
     return problems + [f"{key}={value[key]} must be at least 0" for key in not_negative if not value[key] >= 0]
 
@@ -187,7 +188,7 @@ def _check_model(model: ConfigDict) -> list[str]:
     if model.video_position == "space_time" and model.embed != "separate":
         problems.append("model.video_position=space_time is a table for videos alone: set model.embed=separate")
     if len(model.mean) not in (0, 3) or len(model.std) not in (0, 3) or not all(value > 0 for value in model.std):
-        problems.append(f"model.mean={model.mean} and model.std={model.std} must be three numbers each, for red, green and blue, and std above 0 (or (), for those of init_from)")
+        problems.append(f"model.mean={model.mean} and model.std={model.std} must be three numbers each (red, green, blue), std above 0; or ()")
     return problems
 
 

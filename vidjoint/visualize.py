@@ -60,6 +60,8 @@ def main(argv: list[str]) -> int:
     step = parse_step(args.step)
     if Path(args.out).suffix.lower() != ".png":
         raise UserError(f"--out={args.out}: name a .png file")
+    if os.path.isdir(args.out):
+        raise UserError(f"--out={args.out} is a folder: name a .png file in it")
     folder = os.path.dirname(os.path.abspath(args.out))
     if not os.access(folder, os.W_OK):
         raise UserError(f"--out={args.out}: {folder} is no folder that can be written")
@@ -67,7 +69,10 @@ def main(argv: list[str]) -> int:
     spec, config = classifier.model.spec, classifier.config
     if spec.mixer != "am_flow" or spec.am_flow.flow == "none":
         raise UserError(f"the model in {args.workdir} computes no AM flow: it needs model.mixer=am_flow and model.am_flow.flow=vanilla or aligned")
-    (row,) = decoded([Window(args.video)], clip_spec(config, classifier.choose_task(args.task)), 1, 1, 1, 1)
+    task = classifier.choose_task(args.task)
+    if config.tasks[task].media == "image":
+        raise UserError(f"task {task} is of images, and flow is the change from frame to frame: name a task of videos by --task")
+    (row,) = decoded([Window(args.video)], clip_spec(config, task), 1, 1, 1, 1)
     if row.pixels is None:
         raise UserError(f"{args.video}: {row.error}")
     frames = row.pixels[0]

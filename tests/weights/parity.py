@@ -73,7 +73,7 @@ def ours(pretrained: Pretrained, pixels: np.ndarray) -> dict[str, np.ndarray]:
         for i, block in enumerate(vit.blocks):
             x, _ = block(x, None, (pixels.shape[2] // model.spec.patch, pixels.shape[3] // model.spec.patch))
             outputs[f"block/{i}"] = x
-        return outputs | {"features": vit.features(pixels)} | {"logits": value for value in vit(pixels).values()}
+        return outputs | {"features": vit.features(pixels)} | dict(zip(("logits",), vit(pixels).values(), strict=False))
 
     return jax.tree.map(np.asarray, run(params, pixels))
 

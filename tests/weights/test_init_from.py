@@ -12,7 +12,8 @@ from vidjoint.errors import UserError
 from vidjoint.models.build import Model, build
 from vidjoint.models.position import resize_position, resize_time
 from vidjoint.run_folder import RunFolder
-from vidjoint.weights.init_from import init_from
+from vidjoint.weights.init_from import plan
+from vidjoint.weights.pretrained import adopt, open_weights
 
 LABELS = {"actions": ("jump", "run", "sit"), "pictures": ("cat", "dog")}
 
@@ -50,6 +51,14 @@ def write_run(folder, config, seed=0, labels=LABELS, ema=False) -> dict:
 
 def flat(tree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def init_from(path: str, fresh: dict, spec, labels, report, allow=()) -> dict:
+    """What `fresh` becomes; `report` takes the summary's lines."""
+    planned = plan(open_weights(path), fresh, spec, labels, allow)
+    for line in planned.summary():
+        report(line)
+    return planned.apply(fresh)
 
 
 def load(folder, config, labels=LABELS) -> tuple[dict, dict, list[str]]:
@@ -236,7 +245,7 @@ def test_tubelets_do_not_become_shorter(tmp_path):
     write_run(tmp_path, model_config(embed="separate", tubelet=4))
     with pytest.raises(UserError) as caught:
         load(tmp_path, model_config(embed="separate", tubelet=2))
-    fault = "embed/video_proj/kernel is [768, 8] there and [384, 8] here: use the model settings of that run"
+    fault = "embed/video_proj/kernel is [768, 8] there and [384, 8] here: use the model settings of those weights"
     assert caught.value.lines == (f"init_from={tmp_path}: {fault}",)
 
 
@@ -263,9 +272,45 @@ def test_parameters_of_the_pool_are_accounted_for(tmp_path):
     assert lines[1:] == [f"init_from={tmp_path} (step 7): 2 parameters new: pool/*/mlp/bias"]
 
     bare = {name: part for name, part in fresh.items() if name != "embed"} | {"embed": {"proj": fresh["embed"]["proj"]}}
+    with pytest.raises(UserError) as caught:
+        init_from(str(tmp_path), bare, build(config.model, {}).spec, LABELS, lines.append)
+    fault = "this model has no place for embed/position: use their model settings, or allow it with init_allow=('REGEX',)"
+    assert caught.value.lines == (f"init_from={tmp_path}: {fault}",)
     lines.clear()
-    init_from(str(tmp_path), bare, build(config.model, {}).spec, LABELS, lines.append)
+    init_from(str(tmp_path), bare, build(config.model, {}).spec, LABELS, lines.append, allow=("embed/.*",))
     assert lines[2] == f"init_from={tmp_path} (step 7): 2 parameters unused: embed/{{class_token,position}}"
+
+
+def test_blocks_that_come_and_go_need_to_be_allowed(tmp_path):
+    old = write_run(tmp_path, model_config())
+    for depth, fault in ((1, "this model has no place for blocks/*/"), (3, "the weights lack blocks/*/")):
+        with pytest.raises(UserError) as caught:
+            load(tmp_path, model_config(depth=depth))
+        assert len(caught.value.lines) == 1 and caught.value.lines[0].startswith(f"init_from={tmp_path}: {fault}")
+    fresh, lines = draw(model_config(depth=3), LABELS, 99), []
+    found = flat(init_from(str(tmp_path), fresh, build(model_config(depth=3).model, {}).spec, LABELS, lines.append, allow=("blocks/2/.*",)))
+    assert_same(found, old, old)
+    assert_same(found, flat(fresh), found.keys() - old.keys())
+
+
+def test_every_parameter_has_a_line_in_the_table(tmp_path):
+    write_run(tmp_path, model_config(mixer="joint"))
+    config = model_config(mixer="divided", image_size=24)
+    planned = plan(open_weights(tmp_path), shapes(build(config.model, {"actions": 3})), build(config.model, {}).spec, {"actions": ("a", "b", "c")})
+    lines = planned.table().splitlines()
+    assert "resized   embed/position  [5, 8] -> [10, 8]" in lines
+    assert "loaded    blocks/0/attn/qkv/kernel  [8, 24]" in lines
+    assert "new       heads/actions/kernel  [8, 3]" in lines and "unused    heads/actions/kernel  [8, 3]" in lines
+    assert len(lines) == len(flat(shapes(build(config.model, {"actions": 3})))) + 4  # and the two classifiers of the weights
+
+
+def test_a_head_is_found_under_another_name(tmp_path):
+    old = write_run(tmp_path, model_config())
+    config = model_config()
+    fresh, lines = draw(config, {"moves": LABELS["actions"]}, 99), []
+    found = flat(init_from(str(tmp_path), fresh, build(config.model, {}).spec, {"moves": LABELS["actions"]}, lines.append))
+    np.testing.assert_array_equal(found["heads/moves/kernel"], old["heads/actions/kernel"])
+    assert lines[1:] == [f"init_from={tmp_path} (step 7): 2 parameters unused: heads/pictures/{{bias,kernel}}"]
 
 
 def test_shapes_that_do_not_fit_are_all_listed(tmp_path):
@@ -275,14 +320,17 @@ def test_shapes_that_do_not_fit_are_all_listed(tmp_path):
     lines = caught.value.lines
     expected = {f"blocks/{i}/mlp/{name}" for i in range(2) for name in ("fc1/kernel", "fc1/bias", "fc2/kernel")} | {"embed/proj/kernel"}
     assert {line.split()[1] for line in lines} == expected
-    assert f"init_from={tmp_path}: embed/proj/kernel is [192, 8] there and [48, 8] here: use the model settings of that run" in lines
+    assert f"init_from={tmp_path}: embed/proj/kernel is [192, 8] there and [48, 8] here: use the model settings of those weights" in lines
 
 
-def test_a_position_table_without_class_token_does_not_become_one_with(tmp_path):
-    write_run(tmp_path, model_config(class_token=False, pool="average"))
-    with pytest.raises(UserError) as caught:
-        load(tmp_path, model_config())
-    assert caught.value.lines == (f"init_from={tmp_path}: embed/position is [4, 8] there and [5, 8] here: use the model settings of that run",)
+def test_a_new_class_token_has_no_position(tmp_path):
+    old = write_run(tmp_path, model_config(class_token=False, pool="average"))
+    found, _, lines = load(tmp_path, model_config())
+    np.testing.assert_array_equal(found["embed/position"], np.concatenate([np.zeros((1, 8), np.float32), old["embed/position"]]))
+    assert lines[1:3] == [
+        f"init_from={tmp_path} (step 7): 1 parameters resized: embed/position",
+        f"init_from={tmp_path} (step 7): 1 parameters new: embed/class_token",
+    ]
 
 
 @pytest.mark.parametrize("size", [16, 40])
@@ -308,8 +356,18 @@ def test_settings_that_pretrained_parameters_rely_on_are_compared(tmp_path):
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no folder of a run"):
+    with pytest.raises(UserError, match="holds no weights"):
         load(tmp_path, model_config())
     RunFolder(tmp_path).write(model_config(), LABELS)
+    with pytest.raises(UserError, match="holds no weights"):
+        load(tmp_path, model_config())
+    (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no checkpoints there"):
         load(tmp_path, model_config())
+
+
+def test_settings_of_the_weights_are_adopted_unless_set(tmp_path):
+    write_run(tmp_path, model_config(gelu="tanh", norm_eps=1e-5, layer_scale=0.1, registers=2, mean=(0.1, 0.2, 0.3)))
+    config = adopt(model_config(mean=(0.4, 0.4, 0.4)), open_weights(tmp_path).config)
+    assert (config.model.gelu, config.model.norm_eps, config.model.layer_scale, config.model.registers) == ("tanh", 1e-5, 0.1, 2)
+    assert config.model.mean == (0.4, 0.4, 0.4) and config.model.std == ()

@@ -201,8 +201,12 @@ def hostile(command):
         "text persistent id": (b"\x80\x02P0\n.", "PERSID"),
         "text with escapes": (b"\x80\x02S'\\d'\n.", "STRING"),
         "BUILD with __setstate__": (
-            b"\x80\x02" + named("collections", "OrderedDict") + b"}" + text("__setstate__") + named("os", "system") + b"sb.",
-            "os",
+            b"\x80\x02" + named("argparse", "Namespace") + b")\x81}" + text("__setstate__") + named("os", "system") + b"sb" + text(command) + b"b.",
+            "refers to os.system",
+        ),
+        "BUILD with __setstate__ of an allowed name": (
+            b"\x80\x02" + named("argparse", "Namespace") + b")\x81}" + text("__setstate__") + named("torch", "Size") + b"sb" + text(command) + b"b.",
+            "attributes",
         ),
         "BUILD of a list": (b"\x80\x02]}b.", "attributes"),
         "BUILD of a function": (b"\x80\x02" + named("torch._utils", "_rebuild_tensor_v2") + b"}b.", "attributes"),
@@ -390,17 +394,9 @@ def test_finds_the_state_dict():
     ):
         assert list(tensors_of(saved)) == [name], saved
     assert list(tensors_of({"module.a": SIX, "b": SIX})) == ["module.a", "b"]  # not common to all
-    for saved in (
-        {},
-        [SIX],
-        SIX,
-        None,
-        {"model": {"epoch": 3}},
-        {1: SIX},
-        {"model": {"model": {"model": {"model": one}}}},
-        {"x": Global("torch.Size")},
-    ):
-        with pytest.raises(UserError, match="^f.pth holds no tensors"):
+    deep = {"model": {"model": {"model": {"model": one}}}}
+    for saved in ({}, [SIX], SIX, None, {"model": {"epoch": 3}}, {1: SIX}, deep, {"x": Global("torch.Size")}):
+        with pytest.raises(UserError, match=r"^f\.pth holds no tensors"):
             tensors_of(saved, "f.pth")
     loop = {}
     loop["model"] = loop

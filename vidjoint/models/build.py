@@ -23,6 +23,7 @@ PRESETS = {  # width, depth, heads, MLP width (Dosovitskiy et al. 2021, table 1;
 OF_WEIGHTS = {
     "gelu": "",
     "norm_eps": 0.0,
+    "last_norm_eps": 0.0,
     "mean": (),
     "std": (),
     "interpolation": "",

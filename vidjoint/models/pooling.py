@@ -64,6 +64,13 @@ class LastFrame(ClassToken):
         return norm(x[:, -1, 0])
 
 
+class FirstToken(ClassToken):
+    """The first token of the first frame, which without a class token is a patch: Hugging Face's VideoMAE without `use_mean_pooling`."""
+
+    def __call__(self, x: jax.Array, norm: Callable, key: jax.Array | None) -> jax.Array:
+        return norm(x[:, 0, 0])
+
+
 class ClassAttention(nnx.Module):
     """Class-attention stage (MEViT eqs. 10, 9; CaiT): a class token of its own reads the patches of all frames, which stay as they are.
 
@@ -157,6 +164,7 @@ POOLS = {
     "class_and_average": ClassAndAverage,
     "frame_mean": FrameMean,
     "last_frame": LastFrame,
+    "first_token": FirstToken,
     "class_attention": ClassAttention,
     "temporal_encoder": TemporalEncoder,
 }

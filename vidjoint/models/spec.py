@@ -81,6 +81,7 @@ class ViTSpec:
     dropout: float = 0.0
     gelu: str = "exact"
     norm_eps: float = 1e-6
+    last_norm_eps: float = 0.0  # of the norm before the pool; 0: norm_eps
     layer_scale: float = 0.0  # initial value; 0: none
     registers: int = 0  # tokens per frame after the class token
     pre_norm: str = "none"

@@ -21,7 +21,7 @@ class ViT(nnx.Module):
         self.blocks = nnx.List([Block(spec, i, rngs) for i in range(spec.depth)])
         for block in self.blocks[1:]:
             block.mixer.share(self.blocks[0].mixer)
-        self.norm = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
+        self.norm = layer_norm(spec.width, spec.last_norm_eps or spec.norm_eps, spec.dtype, rngs)
         self.pool = POOLS[spec.pool](spec, rngs)
         branches = [width for block in self.blocks for width in block.mixer.branch_widths]
         self.heads = Heads((self.pool.width, *branches), classes, rngs)

@@ -1,79 +1,125 @@
-"""Starting a model from the parameters of an earlier run: what fits is taken, what is missing is made from it, and everything is accounted for."""
+"""Starting a model from pretrained weights: what fits is taken, what is missing is made from it, and every parameter is accounted for."""
 
-import functools
 import re
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from flax import traverse_util
 
-from vidjoint.checkpoints import load_params
 from vidjoint.errors import UserError
 from vidjoint.models.build import spec_from_config
 from vidjoint.models.embed import inflate
-from vidjoint.models.position import resize_position, resize_time
+from vidjoint.models.position import resize_position, resize_space_time, resize_time
 from vidjoint.models.spec import ViTSpec
-from vidjoint.run_folder import RunFolder
+from vidjoint.weights.pretrained import Pretrained, flat
 
-SAME = ("gelu", "norm_eps", "mean", "std", "pool")  # settings without parameters that pretrained parameters rely on
+SAME = ("gelu", "norm_eps", "last_norm_eps", "mean", "std", "layer_scale", "registers", "pre_norm", "pool")  # settings that the parameters rely on
 KINDS = ("loaded", "resized", "inflated from the image embedding", "copied from the spatial attention", "new", "unused")
-flat = functools.partial(traverse_util.flatten_dict, sep="/")  # nested dicts -> {"blocks/3/attn/qkv/kernel": array}
+# Parameters that come and go with settings of the new run: no reason need be given for them
+EXPECTED = re.compile(r"heads/.*|pool/.*|blocks/\d+/mixer/.*|embed/(time|class_token|video_.*)")
 
 Found = dict[str, tuple[str, np.ndarray]]  # name of a parameter of the new model -> one of KINDS, value
 
 
-def init_from(path: str, fresh: dict, spec: ViTSpec, labels: dict[str, tuple[str, ...]], report: Callable[[str], None]) -> dict:
-    """Returns `fresh` with the parameters of the run at `path` put in wherever they fit.
+@dataclass(frozen=True)
+class Line:
+    """What happens to one parameter."""
 
-    The newest checkpoint counts, and of it the moving average where there is one. Position tables are stretched to the new grid, and lose the row of
-    the class token if the new model's patches have none with them; the time table is stretched to the new number of time steps. A head is taken over
-    if its task, its class names and its shape are the same; else it stays new. Where the new model has an embedding for videos and the earlier one
-    has not, it is made from that of the images (ViViT 3.4). Where it has temporal attention that the earlier one lacks, as after a stage on images
-    alone (CoVeR, eq. 1), that is a copy of the block's spatial attention and norm, unless `temporal_init="random"`; whether it acts at once or starts
-    as the identity is decided by the branch's last layer in `fresh`. Other parameters that the earlier model lacks stay as they are in `fresh`.
+    kind: str  # one of KINDS
+    name: str
+    shape: tuple[int, ...]  # in the new model; of an unused one, in the weights
+    was: tuple[int, ...] | None = None  # in the weights
+    made_from: tuple[str, ...] = ()  # its names in another project's file
+
+    def __str__(self) -> str:
+        shape = f"{list(self.was)} -> {list(self.shape)}" if self.was and self.was != self.shape else f"{list(self.shape)}"
+        return f"{self.kind:8}  {self.name}  {shape}" + (f"  <- {', '.join(self.made_from)}" if self.made_from else "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a new model takes over of pretrained weights."""
+
+    weights: Pretrained
+    found: Found
+    lines: tuple[Line, ...]
+    warnings: tuple[str, ...]
+
+    def apply(self, fresh: dict) -> dict:
+        """`fresh` parameters, nested dict, with those of the weights put in."""
+        return traverse_util.unflatten_dict(flat(fresh) | {name: value for name, (_, value) in self.found.items()}, sep="/")
+
+    def summary(self) -> list[str]:
+        """A line for each kind, and one for each setting that differs and should not."""
+        step = "" if self.weights.step is None else f" (step {self.weights.step})"
+        start, kinds = f"init_from={self.weights.source}", {kind: [line.name for line in self.lines if line.kind == kind] for kind in KINDS}
+        lines = [f"{len(names)} parameters {kind}{'' if kind == 'loaded' else ': ' + shortened(names)}" for kind, names in kinds.items() if names]
+        return [f"{start}{step}: {line}" for line in lines] + [f"{start}: {line}" for line in self.warnings]
+
+    def table(self) -> str:
+        """Every parameter with its shape, one line each, ordered by kind."""
+        lines = sorted(self.lines, key=lambda line: KINDS.index(line.kind))
+        unread = [f"skipped   {name}  ({reason})" for name, reason in self.weights.ignored.items()]
+        return "".join(f"{line}\n" for line in (*lines, *unread))
+
+
+def plan(weights: Pretrained, new: Mapping, spec: ViTSpec, labels: Mapping[str, tuple[str, ...]], allow: tuple[str, ...] = ()) -> Plan:
+    """Says what a new model takes over.
+
+    Position tables are stretched to the new grid by the weights' own convention, and lose or gain the row of the class token; time tables are
+    stretched to the new number of time steps. A head is taken over from a head with the same class names and shape, of any task (one of the same name
+    first); else it stays new. Where the new model has an embedding for videos and the weights have not, it is made from that of the images (ViViT
+    3.4). Where it has temporal attention that the weights lack, as after a stage on images alone (CoVeR, eq. 1), that is a copy of the block's
+    spatial attention and norm, unless `temporal_init="random"`; whether it acts at once or starts as the identity is decided by the branch's last
+    layer in the fresh model. Other parameters that the weights lack stay new.
 
     Args:
-      path: folder of the earlier run.
-      fresh: parameters of a new model, nested dict.
+      new: the new model's parameters or their shapes, nested dict.
       spec: that model's.
       labels: task -> class names of the new run.
-      report: takes a line per kind of parameters (see KINDS) and per setting that differs and should not.
+      allow: regular expressions: parameters that may be new or unused though nothing explains it.
 
     Raises:
-      UserError: there is no run, or parameters of the two models differ in shape; lists every one that does.
+      UserError: parameters differ in shape, or are new or unused without a reason; lists every one that is.
     """
-    folder = RunFolder(Path(path).expanduser())
-    old_spec, old_labels = spec_from_config(folder.config.model), folder.labels
-    step, stored = load_params(folder.path)
-    old, new = flat(stored["params"]) | flat(stored["frozen"]) | flat(stored["ema"]), flat(fresh)
-    found: Found = {name: ("loaded", value) for name, value in old.items() if name in new}
+    new, old, old_spec, start = flat(new), weights.params, spec_from_config(weights.config.model), f"init_from={weights.source}"
+    found: Found = {name: ("loaded", value) for name, value in old.items() if name in new and not name.startswith("heads/")}
+    found |= _heads(weights, new, labels)
     found |= _resized(old, old_spec, spec, new)
     found |= _inflated(found, old_spec, spec)
     found |= _copied(found, spec, new)
-    for task in labels:
-        kernel = f"heads/{task}/kernel"
-        if kernel in found and (old_labels.get(task) != tuple(labels[task]) or old[kernel].shape != new[kernel].shape):
-            del found[kernel], found[f"heads/{task}/bias"]
 
     problems = [
-        f"init_from={path}: {name} is {list(old.get(name, value).shape)} there and {list(new[name].shape)} here: use the model settings of that run"
+        f"{start}: {name} is {list(old.get(name, value).shape)} there and {list(new[name].shape)} here: use the model settings of those weights"
         for name, (_, value) in found.items()
         if value.shape != new[name].shape
     ]
-    kinds = {name: found[name][0] if name in found else "new" for name in new} | {name: "unused" for name in old if name not in new}
+    heads = {name for name in old if name.startswith("heads/") and not any(value is old[name] for _, value in found.values())}
+    kinds = {name: found[name][0] if name in found else "new" for name in new}
+    unused = [name for name in old if name in heads or (name not in new and not name.startswith("heads/"))]
     if "loaded" not in kinds.values() and not problems:
-        problems.append(f"init_from={path}: no parameter of it has a name of this model's")
+        problems.append(f"{start}: no parameter of it has a name of this model's")
+    elif not problems:
+        allowed = [re.compile(pattern) for pattern in allow]
+        for kind, names in (("new", [name for name in new if kinds[name] == "new"]), ("unused", unused)):
+            odd = [name for name in names if not EXPECTED.fullmatch(name) and not any(pattern.fullmatch(name) for pattern in allowed)]
+            if odd:
+                lacking = "the weights lack" if kind == "new" else "this model has no place for"
+                problems.append(f"{start}: {lacking} {shortened(odd)}: use their model settings, or allow it with init_allow=('REGEX',)")
+    if unknown := [name for name in weights.unexplained if not any(re.fullmatch(pattern, name) for pattern in allow)]:
+        problems.append(f"{start}: nothing is known of {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}: allow it with init_allow=('REGEX',)")
     if problems:
         raise UserError(*problems)
-    for kind in KINDS:
-        names = [name for name in kinds if kinds[name] == kind]
-        if names:
-            report(f"init_from={path} (step {step}): {len(names)} parameters {kind}{'' if kind == 'loaded' else ': ' + shortened(names)}")
-    for key in SAME:
-        if getattr(old_spec, key) != getattr(spec, key):
-            report(f"init_from={path}: model.{key} was {getattr(old_spec, key)} there and is {getattr(spec, key)} here: is that meant?")
-    return traverse_util.unflatten_dict(new | {name: value for name, (_, value) in found.items()}, sep="/")
+    shape, source = {name: tuple(x.shape) for name, x in old.items()}, weights.made_from
+    lines = [Line(kinds[name], name, tuple(x.shape), shape.get(name), source.get(name, ()) if name in found else ()) for name, x in new.items()]
+    lines += [Line("unused", name, shape[name], None, source.get(name, ())) for name in unused]
+    warnings = [
+        f"model.{key} was {getattr(old_spec, key)} there and is {getattr(spec, key)} here: is that meant?"
+        for key in SAME
+        if getattr(old_spec, key) != getattr(spec, key)
+    ]
+    return Plan(weights, found, tuple(lines), tuple(warnings))
 
 
 def shortened(names: list[str]) -> str:
@@ -85,14 +131,41 @@ def shortened(names: list[str]) -> str:
     return ", ".join(f"{module}/{next(iter(last)) if len(last) == 1 else '{' + ','.join(last) + '}'}" for module, last in modules.items())
 
 
-def _resized(old: dict, old_spec: ViTSpec, spec: ViTSpec, new: dict) -> Found:
-    """The tables of the old model, stretched to the new one's grid and time steps. What has the right size already is left out."""
+def _heads(weights: Pretrained, new: Mapping, labels: Mapping[str, tuple[str, ...]]) -> Found:
+    """Classifiers whose class names are the same in both."""
     found = {}
+    for task, names in labels.items():
+        for source in sorted(weights.labels, key=lambda name: name != task):
+            kernel = weights.params.get(f"heads/{source}/kernel")
+            if tuple(weights.labels[source]) == tuple(names) and kernel is not None and kernel.shape == new[f"heads/{task}/kernel"].shape:
+                found |= {f"heads/{task}/{part}": ("loaded", weights.params[f"heads/{source}/{part}"]) for part in ("kernel", "bias")}
+                break
+    return found
+
+
+def _resized(old: Mapping, old_spec: ViTSpec, spec: ViTSpec, new: Mapping) -> Found:
+    """The tables of the old model, stretched to the new one's grid and time steps. What has the right size already is left out."""
+    found, grids, how = {}, (old_spec.grid, spec.grid), spec.position_resize
+    lead = {"old": int(old_spec.class_token), "new": int(spec.class_token)}  # rows before those of the patches
     for name in ("embed/position", "embed/video_position"):
-        if name in old and name in new and (old_spec.grid != spec.grid or old_spec.prefix > spec.prefix):
-            table = old[name][max(old_spec.prefix - spec.prefix, 0) :]
-            prefix = min(old_spec.prefix, spec.prefix)
-            found[name] = "resized", np.asarray(resize_position(table, prefix, old_spec.grid, spec.grid))
+        if name not in old or name not in new:
+            continue
+        table = old[name]
+        whole = [name == "embed/video_position" and s.video_position == "space_time" for s in (old_spec, spec)]  # a row for each token of a clip
+        if whole == [True, True]:
+            table = resize_space_time(table, lead["old"], (old_spec.times, *grids[0]), (spec.times, *grids[1]), how)
+        elif whole[0]:
+            middle = table[lead["old"] :].reshape(old_spec.times, -1, table.shape[-1]).mean(axis=0)
+            table = resize_position(np.concatenate([table[: lead["old"]], middle]), lead["old"], *grids, how)
+        else:
+            table = np.asarray(resize_position(table, lead["old"], *grids, how))
+            if whole[1]:
+                table = np.concatenate([table[: lead["old"]], *[table[lead["old"] :]] * spec.times])
+        table = np.asarray(table)[max(lead["old"] - lead["new"], 0) :]
+        if lead["new"] > lead["old"]:  # the class token is new, and has no position
+            table = np.concatenate([np.zeros((1, table.shape[-1]), table.dtype), table])
+        if table.shape != old[name].shape or not np.array_equal(table, old[name]):
+            found[name] = "resized", table
     for name in ("embed/time", "pool/time"):
         if name in old and name in new and len(old[name]) != len(new[name]):
             found[name] = "resized", np.asarray(resize_time(old[name], len(new[name])))
@@ -107,11 +180,14 @@ def _inflated(found: Found, old_spec: ViTSpec, spec: ViTSpec) -> Found:
         return {}
     kernel, bias, position = (found[f"embed/{name}"][1] for name in ("proj/kernel", "proj/bias", "position"))
     kernel = np.asarray(inflate(kernel, spec.tubelet, spec.tubelet_init))
+    if spec.video_position == "space_time":
+        lead = int(spec.class_token)
+        position = np.concatenate([position[:lead], *[position[lead:]] * spec.times])
     made = {"embed/video_proj/kernel": kernel, "embed/video_proj/bias": bias, "embed/video_position": position}
     return {name: ("inflated from the image embedding", value) for name, value in made.items()}
 
 
-def _copied(found: Found, spec: ViTSpec, new: dict) -> Found:
+def _copied(found: Found, spec: ViTSpec, new: Mapping) -> Found:
     """Temporal attention and its norm for blocks that had none, from the spatial ones of the block (TimeSformer's and ViViT's loaders do so).
 
     A branch without a dense layer ends in the attention's own projection: with `temporal_init="zero"` that stays zero.

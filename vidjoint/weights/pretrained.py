@@ -1,26 +1,28 @@
-"""Pretrained weights, wherever they come from: parameters under this project's names, with the settings, class names and preprocessing that belong to them."""
+"""Pretrained weights, wherever they come from: parameters under this project's names, with the model settings and class names that belong to them."""
 
+import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 
+from vidjoint.checkpoints import load_params
 from vidjoint.config import base_config, task_config
 from vidjoint.errors import UserError
-from vidjoint.models.build import PRESETS
+from vidjoint.models.build import OF_WEIGHTS, PRESETS, build
+from vidjoint.run_folder import RunFolder
+from vidjoint.weights.files import check_finite, find_weights, read_arrays, read_sidecars, write_safetensors
 from vidjoint.weights.formats import FORMATS
-from vidjoint.weights.translate import TASK, Arrays, Format, translate
+from vidjoint.weights.translate import NORMALISATION, TASK, Arrays, Format, Refused, translate
 
-NORMALISATION = {  # of pixels in 0..1, where no file says it
-    "half": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-    "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
-    "kinetics": {"mean": (0.45, 0.45, 0.45), "std": (0.225, 0.225, 0.225)},
-    "clip": {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)},
-}
+HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}  # width -> heads of published ViTs (so400m, H, g, G) whose heads are not 64 wide
+MOST_LINES = 8  # of one message
 PILLOW = {2: "bilinear", 3: "bicubic"}  # numbers of Pillow's filters, as `resample` of preprocessor_config.json has them
 
 
@@ -35,7 +37,8 @@ class Pretrained:
       config: `model` says what model they are of; `tasks` has one entry for each head.
       labels: task -> class names.
       numbered: tasks whose class names are mere numbers, for the file knows no others.
-      made_from: name -> names in the file, for a file of another project.
+      step: updates that the parameters have seen, None where that is not known.
+      made_from: name -> names in the file, or in words what it was made from, for a file of another project.
       ignored: name in the file -> why it is not needed.
       unexplained: names in the file of which nothing is known.
     """
@@ -46,14 +49,70 @@ class Pretrained:
     config: ConfigDict
     labels: dict[str, tuple[str, ...]]
     numbered: frozenset[str] = frozenset()
+    step: int | None = None
     made_from: dict[str, tuple[str, ...]] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     unexplained: list[str] = field(default_factory=list)
 
 
-def recognise(names: list[str], config: Mapping[str, Any], source: str) -> Format:
-    """The kind of file that has arrays of these names. Raises UserError if there is none, or several could be meant."""
-    found = [format for format in FORMATS if format.recognises(names)]
+def open_weights(path: str | Path, step: int | str | None = None, format: str = "", changes: Mapping[str, Any] | None = None) -> Pretrained:
+    """Reads pretrained weights: the folder of a run, one of imported or exported weights, or another project's file or folder.
+
+    Args:
+      step: of a run, which checkpoint: a number, "best" or None, the newest. Its moving average counts where there is one.
+      format, changes: of another project's file, see `from_arrays`; "" recognises the format.
+
+    Raises:
+      UserError: there is nothing there, it is damaged, or of no known kind.
+    """
+    folder = RunFolder(Path(path).expanduser())
+    if is_own(folder.path):
+        if folder.weights.is_file():
+            step, params = None, read_arrays(folder.weights)
+        else:
+            step, stored = load_params(folder.path, step)
+            params = flat(stored["params"]) | flat(stored["frozen"]) | flat(stored["ema"])
+        return Pretrained(str(path), "vidjoint", dict(params), folder.config, folder.labels, step=step)
+    formats = {known.name: known for known in FORMATS}
+    if format and format not in formats:
+        raise UserError(f"--format={format} is unknown: choose one of {', '.join(formats)}")
+    arrays = read_arrays(find_weights(folder.path))
+    check_finite(arrays, path)
+    return from_arrays(arrays, read_sidecars(folder.path), str(path), formats.get(format), changes)
+
+
+def is_own(path: Path) -> bool:
+    """Whether this is a folder of this project: that of a run, or of imported or exported weights."""
+    folder = RunFolder(path)
+    return (path / "config.json").is_file() and (folder.weights.is_file() or (path / "checkpoints").is_dir())
+
+
+def write_folder(weights: Pretrained, path: str | Path) -> None:
+    """Writes weights as a self-contained folder: `config.json`, `labels/TASK.txt`, `weights.safetensors`. Raises UserError if that can't be done."""
+    folder = RunFolder(Path(path).expanduser())
+    if folder.path.exists() and any(folder.path.iterdir()) and not folder.weights.is_file():
+        raise UserError(f"{folder.path} is there and holds other things than weights: give a new folder")
+    folder.write(weights.config, weights.labels)
+    write_safetensors(folder.weights, weights.params, {"source": weights.source, "format": "vidjoint"})
+
+
+def adopt(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
+    """A copy of `config` in which model settings that pretrained weights decide (OF_WEIGHTS) are those of `stored`, unless they are set."""
+    config = config.copy_and_resolve_references()
+    for key, unset in OF_WEIGHTS.items():
+        if config.model[key] == unset:
+            config.model[key] = stored.model[key]
+    return config
+
+
+def flat(tree: Mapping) -> dict[str, np.ndarray]:
+    """Nested dicts -> {"blocks/3/attn/qkv/kernel": array}."""
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def recognise(arrays: Arrays, config: Mapping[str, Any], source: str) -> Format:
+    """The kind of file that has such arrays. Raises UserError if there is none, or several could be meant."""
+    found = [format for format in FORMATS if format.recognises(arrays)]
     if len(found) > 1 and (named := [format for format in found if format.model_type and format.model_type == config.get("model_type")]):
         found = named
     if len(found) == 1:
@@ -61,10 +120,12 @@ def recognise(names: list[str], config: Mapping[str, Any], source: str) -> Forma
     known = "; ".join(f"{format.name} ({format.what})" for format in FORMATS)
     if found:
         raise UserError(f"{source} may be {' or '.join(format.name for format in found)}: say which with --format")
-    raise UserError(f"{source} has {len(names)} arrays, such as {', '.join(sorted(names)[:3])}: that is none of the kinds known here: {known}")
+    raise UserError(f"{source} has {len(arrays)} arrays, such as {', '.join(sorted(arrays)[:3])}: that is none of the kinds known here: {known}")
 
 
-def from_arrays(arrays: Arrays, sidecars: Mapping[str, dict], source: str, format: Format | None = None, changes: Mapping[str, Any] | None = None) -> Pretrained:
+def from_arrays(
+    arrays: Arrays, sidecars: Mapping[str, dict], source: str, format: Format | None = None, changes: Mapping[str, Any] | None = None
+) -> Pretrained:
     """Translates what was read from another project's file.
 
     Args:
@@ -78,17 +139,19 @@ def from_arrays(arrays: Arrays, sidecars: Mapping[str, dict], source: str, forma
       UserError: the file is of no known kind, or something of it is missing or has a shape that does not fit.
     """
     config, preprocessor = sidecars.get("config", {}), sidecars.get("preprocessor", {})
-    format = format or recognise(list(arrays), config, source)
+    format = format or recognise(arrays, config, source)
     try:
         found = translate(format, arrays, config)
-        settings = _sizes(found.params, config) | format.settings(found.theirs, found.params, config) | _preprocessing(config, preprocessor)
-    except (KeyError, ValueError, IndexError, TypeError) as error:
+        settings = _sizes(found.params, config) | NORMALISATION[format.normalisation] | format.settings(found.theirs, found.params, config)
+        settings |= _preprocessing(config, preprocessor)
+    except Refused as error:
+        raise UserError(f"{source} looks like {format.what}, but {error}") from error
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{source} looks like {format.what}, but its arrays don't fit together ({type(error).__name__}: {error})") from error
     settings |= changes or {}
     made = base_config()
     made.model.variant = _variant(settings)
-    for key, value in settings.items():
-        made.model[key] = value
+    made.model.update(settings)
     made.model.dtype = "float32"
     _shorten(made.model)
     labels, numbered = {}, frozenset()
@@ -96,16 +159,69 @@ def from_arrays(arrays: Arrays, sidecars: Mapping[str, dict], source: str, forma
         names = _labels(config, kernel.shape[-1])
         labels, numbered = {TASK: names or tuple(map(str, range(kernel.shape[-1])))}, frozenset() if names else frozenset({TASK})
         made.tasks[TASK] = task_config(media="video" if format.video else "image", classes=kernel.shape[-1], flip=False)
-    return Pretrained(source, format.name, found.params, made, labels, numbered, found.made_from, found.ignored, found.unexplained)
+    told = dict(made_from=found.made_from, ignored=found.ignored, unexplained=found.unexplained)
+    pretrained = Pretrained(source, format.name, found.params, made, labels, numbered, **told)
+    check_shapes(pretrained)
+    return pretrained
+
+
+def check_shapes(weights: Pretrained) -> None:
+    """Compares the parameters with those that a model of these settings has. Raises UserError with a line for each that is missing or does not fit."""
+    model = build(weights.config.model, {task: len(names) for task, names in weights.labels.items()})
+    wanted = {name: tuple(x.shape) for name, x in flat(model.abstract()).items()}
+    found = {name: x.shape for name, x in weights.params.items()}
+    lines = []
+    for name in sorted(wanted.keys() | found.keys()):
+        theirs = ", ".join(weights.made_from.get(name) or _names_in_file(weights.format, name)) or name
+        if name not in found:
+            lines.append(f"{weights.source} lacks {theirs} (here {name}, {list(wanted[name])})")
+        elif name not in wanted:
+            lines.append(f"{weights.source} has {theirs} (here {name}, {list(found[name])}), but not the rest of what such a model has")
+        elif found[name] != wanted[name]:
+            lines.append(f"{weights.source}: {theirs} makes {name} {list(found[name])}, which should be {list(wanted[name])}")
+    if lines:
+        raise UserError(*lines[:MOST_LINES], *[f"and {len(lines) - MOST_LINES} more of this kind"] * (len(lines) > MOST_LINES))
+
+
+def _names_in_file(format: str, name: str) -> list[str]:
+    """What a format's table calls a parameter of ours."""
+    rules = [rule for known in FORMATS if known.name == format for rule in known.rules]
+    number = re.search(r"(?<=/)\d+(?=/)", name)
+    numbered = name if number is None else name.replace(number[0], "{i}", 1)
+    names = next((rule.theirs for rule in rules if rule.ours == numbered), ())
+    return [name.replace("{i}", number[0] if number else "") for name in names if name]
+
+
+def swap_colours(weights: Pretrained) -> Pretrained:
+    """Weights that were trained on pixels in the order blue, green, red, for red, green, blue.
+
+    TimeSformer's own code reads the frames of Something-Something with OpenCV, so its weights for that dataset expect them so.
+    """
+    params, config = dict(weights.params), weights.config.copy_and_resolve_references()
+    for name in ("embed/proj/kernel", "embed/video_proj/kernel"):
+        if name in params:
+            kernel = params[name]  # [(t) p q 3, D]
+            params[name] = np.ascontiguousarray(kernel.reshape(-1, 3, kernel.shape[-1])[:, ::-1].reshape(kernel.shape))
+    config.model.mean, config.model.std = config.model.mean[::-1], config.model.std[::-1]
+    return dataclasses.replace(weights, params=params, config=config)
 
 
 def _sizes(params: Arrays, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the shapes tell of the model, for a square picture."""
     width, mlp_dim = params["blocks/0/mlp/fc1/kernel"].shape
-    depth = 1 + max(int(name.split("/")[1]) for name in params if name.startswith("blocks/"))
-    heads = int(config.get("num_attention_heads") or config.get("num_heads") or max(width // 64, 1))
+    numbers = sorted({int(name.split("/")[1]) for name in params if name.startswith("blocks/")})
+    depth = len(numbers)
+    if numbers[-1] != depth - 1 or depth != config.get("num_hidden_layers", depth):
+        raise ValueError(f"it has {depth} blocks, the last of which is number {numbers[-1]}, and {config.get('num_hidden_layers', depth)} are expected")
+    heads = int(config.get("num_attention_heads") or config.get("num_heads") or HEADS.get(width) or max(width // 64, 1))
     class_token = "embed/class_token" in params
     sizes = {"width": width, "depth": depth, "heads": heads, "mlp_dim": mlp_dim, "class_token": class_token}
+    if "blocks/0/scale1/gamma" in params:
+        sizes["layer_scale"] = 1.0
+    if (registers := params.get("embed/registers")) is not None:
+        sizes["registers"] = len(registers)
+    if "embed/norm/scale" in params:
+        sizes["pre_norm"] = "layer_norm"
     sizes["pool"] = "class_token" if class_token else "average"
     if (kernel := params.get("embed/proj/kernel")) is not None:
         sizes["patch"] = math.isqrt(len(kernel) // 3)
@@ -119,7 +235,8 @@ def _sizes(params: Arrays, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _variant(settings: Mapping[str, Any]) -> str:
     """The preset of these sizes, or of those the nearest by width."""
-    size = min(PRESETS, key=lambda name: [abs(a - settings[key]) for a, key in zip(PRESETS[name], ("width", "depth", "heads", "mlp_dim"), strict=True)])
+    sizes = [settings[key] for key in ("width", "depth", "heads", "mlp_dim")]
+    size = min(PRESETS, key=lambda name: [abs(a - b) for a, b in zip(PRESETS[name], sizes, strict=True)])
     return f"{size}/{settings['patch']}"
 
 
@@ -132,7 +249,10 @@ def _shorten(model: ConfigDict) -> None:
 
 
 def _preprocessing(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    """Normalisation and interpolation as the file's neighbours have them: Hugging Face's preprocessor_config.json, timm's config.json."""
+    """Normalisation and interpolation as the file's neighbours have them: Hugging Face's preprocessor_config.json, timm's config.json.
+
+    Hugging Face scales pixels by a factor of their own, may take 1 off (`offset`, of ViViT), and normalises then; ours normalises pixels / 255.
+    """
     timm = config.get("pretrained_cfg", {})
     found = {}
     for key, name in (("mean", "image_mean"), ("std", "image_std")):
@@ -142,6 +262,12 @@ def _preprocessing(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -
             if len(value) != 3:
                 raise ValueError(f"{key} {value} has not three numbers")
             found[key] = value
+    if preprocessor.get("do_normalize") is False:
+        found = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    scale = round(255 * preprocessor.get("rescale_factor", 1 / 255), 6) if preprocessor.get("do_rescale", True) else 255.0
+    offset = float(preprocessor.get("offset", False))
+    if found and (scale, offset) != (1.0, 0.0):
+        found = {"mean": tuple((value + offset) / scale for value in found["mean"]), "std": tuple(value / scale for value in found["std"])}
     interpolation = PILLOW.get(preprocessor.get("resample")) or timm.get("interpolation")
     return found | ({"interpolation": interpolation} if interpolation in ("bilinear", "bicubic") else {})
 

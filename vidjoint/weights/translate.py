@@ -8,6 +8,19 @@ from typing import Any
 import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
+NORMALISATION = {  # of pixels in 0..1, where no file says it
+    "half": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+    "kinetics": {"mean": (0.45, 0.45, 0.45), "std": (0.225, 0.225, 0.225)},
+    "clip": {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)},
+}
+
+
+MOST_BLOCKS = 1000
+
+
+class Refused(Exception):
+    """A file of a known kind holds what no model here has, or lacks what each must have: the rest of a sentence that begins with its name."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +75,8 @@ FLAX_CONV = Layout(lambda a: a[0].reshape(-1, a[0].shape[-1]), lambda a, n, s: [
 class Rule:
     """One parameter of ours. `{i}` in names stands for the number of a block.
 
-    An absent array of theirs, or "" in place of its name, counts as zeros of the others' shape. If all of them are absent, so is ours: with
-    `zeros`, the name of another array of theirs, ours is then zeros, as many as the last axis of ours has (a bias that they do without).
+    "" in place of a name of theirs stands for zeros of the others' shape. If all of theirs are absent, so is ours, but for biases that they do
+    without in every block: with `zeros`, the name of a kernel of ours, ours is then zeros, as many as the last axis of that kernel has.
     """
 
     ours: str
@@ -85,8 +98,14 @@ class Format:
       prefixes: of names, dropped wherever they stand first (tried in this order, again and again).
       renames: (regular expression, replacement): other names for the same arrays, as later versions of a library have in memory.
       unmarks: regular expressions of names that such a file never has.
+      axes: name -> number of axes of that array, where names alone do not tell a model of images from one of videos.
       ignored: regular expression of names -> why nothing is lost without them.
+      refused: regular expression of names -> what it is that such a model has and none here.
+      stacked: (regular expression, replacement with {i}) of arrays that hold one for each block along their first axis, and the names of these.
       prepare: changes arrays of theirs beforehand: (arrays, config.json or {}) -> arrays.
+      derive: what a model of ours has and the file lacks: (arrays of theirs, of ours, config.json or {}) -> name of ours -> array, and in words
+        what it is made from.
+      normalisation: of the pixels, one of NORMALISATION, where no file beside the weights says it.
       model_type: `model_type` of Hugging Face's config.json.
       video: whether the model is one of videos.
     """
@@ -99,8 +118,13 @@ class Format:
     prefixes: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     unmarks: tuple[str, ...] = ()
+    axes: Mapping[str, int] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    stacked: tuple[str, str] | None = None
     prepare: Callable[[dict[str, np.ndarray], dict], dict[str, np.ndarray]] = lambda arrays, config: arrays
+    derive: Callable[[Arrays, Arrays, dict], Mapping[str, tuple[np.ndarray, str]]] = lambda theirs, ours, config: {}
+    normalisation: str = "half"
     model_type: str = ""
     video: bool = False
 
@@ -112,9 +136,11 @@ class Format:
             name = re.sub(pattern, replacement, name)
         return name
 
-    def recognises(self, names: Sequence[str]) -> bool:
-        """Whether a file with arrays of these names is of this kind."""
-        names = [self.strip(name) for name in names]
+    def recognises(self, arrays: Arrays) -> bool:
+        """Whether a file with these arrays is of this kind."""
+        names = {self.strip(name): array for name, array in arrays.items()}
+        if any(name in names and np.ndim(names[name]) != axes for name, axes in self.axes.items()):
+            return False
 
         def some(pattern):
             return any(re.fullmatch(pattern, name) for name in names)
@@ -140,7 +166,8 @@ def block_rules(ours: str, theirs: str, rules: Mapping[str, tuple[str, ...] | st
         kernel = "scale" if norm else "kernel"
         layout = (layouts or {}).get(module, VECTOR if norm else LINEAR)
         made.append(Rule(f"{ours}{module}/{kernel}", tuple(f"{theirs}{name}.weight" for name in names), layout))
-        made.append(Rule(f"{ours}{module}/bias", tuple(f"{theirs}{name}.bias" for name in names), VECTOR, zeros=f"{ours}{module}/{kernel}"))
+        zeros = "" if norm else f"{ours}{module}/{kernel}"  # a norm without bias is another kind of norm
+        made.append(Rule(f"{ours}{module}/bias", tuple(f"{theirs}{name}.bias" for name in names), VECTOR, zeros))
     return tuple(made)
 
 
@@ -150,7 +177,7 @@ class Translated:
 
     Attributes:
       params: name of ours -> float32 array.
-      made_from: name of ours -> names in the file; () for zeros that stand for what the file lacks.
+      made_from: name of ours -> names in the file, or in words what it was made from; () for zeros that stand for what the file lacks.
       unexplained: names in the file that no rule reads and no reason excuses.
       ignored: name in the file -> why it is not needed.
     """
@@ -163,24 +190,54 @@ class Translated:
 
 
 def translate(format: Format, arrays: Arrays, config: dict) -> Translated:
-    """Reads arrays of theirs, with names as the file has them, by a format's table. Shapes are not checked here."""
-    full = {format.strip(name): name for name in arrays}
-    theirs = format.prepare({format.strip(name): array for name, array in arrays.items()}, config)
+    """Reads arrays of theirs, with names as the file has them, by a format's table. Whether the model is complete is not checked here.
+
+    Raises:
+      Refused: no model here could hold what the file has, or arrays that belong together are not all there or differ in shape.
+    """
+    full = {}
+    for whole in arrays:
+        name = format.strip(whole)
+        if name in full:
+            raise Refused(f"has both {full[name]} and {whole}, which are the same array of a model")
+        if reason := next((reason for pattern, reason in format.refused.items() if re.fullmatch(pattern, name)), ""):
+            raise Refused(f"has {whole}, {reason}")
+        full[name] = whole
+    theirs = {name: arrays[full[name]] for name in full}
+    if format.stacked:
+        pattern, replacement = format.stacked
+        for name in [name for name in theirs if re.match(pattern, name)]:
+            if len(theirs[name]) > MOST_BLOCKS:
+                raise Refused(f"has {full[name]}, of {len(theirs[name])} blocks: that is no ViT")
+            for i, array in enumerate(theirs.pop(name)):
+                single = re.sub(pattern, replacement.replace("{i}", str(i)), name)
+                theirs[single], full[single] = array, full[name]
+    theirs = format.prepare(theirs, config)
     params, made_from, used = {}, {}, set()
     for rule in format.rules:
-        for i in _numbers(rule, theirs):
+        numbers = _numbers(rule, theirs)
+        never = not any(name.replace("{i}", i) in theirs for name in rule.theirs for i in numbers)
+        for i in numbers:
             ours, names = rule.ours.replace("{i}", i), [name.replace("{i}", i) for name in rule.theirs]
             found = [theirs[name] for name in names if name in theirs]
             if found:
-                parts = [theirs[name] if name in theirs else np.zeros_like(found[0]) for name in names]
-                params[ours] = np.ascontiguousarray(rule.layout.load([np.asarray(part, np.float32) for part in parts]))
-                made_from[ours] = tuple(full.get(name, name) for name in names if name in theirs)
-                used.update(names)
-            elif rule.zeros and (source := rule.zeros.replace("{i}", i)) in params:
+                if missing := [name for name in names if name and name not in theirs]:
+                    raise Refused(f"lacks {missing[0]}")
+                parts = [np.asarray(theirs[name] if name else np.zeros_like(found[0]), np.float32) for name in names]
+                try:
+                    params[ours] = np.ascontiguousarray(rule.layout.load(parts))
+                except (ValueError, IndexError) as error:
+                    shapes = ", ".join(f"{full.get(name, name)} {list(theirs[name].shape)}" for name in names if name)
+                    raise Refused(f"has an impossible shape: {shapes}") from error
+                made_from[ours] = tuple(dict.fromkeys(full.get(name, name) for name in names if name))
+                used.update(full.get(name, name) for name in names)
+            elif never and rule.zeros and (source := rule.zeros.replace("{i}", i)) in params:
                 params[ours], made_from[ours] = np.zeros(params[source].shape[-1], np.float32), ()
+    for ours, (array, words) in format.derive(theirs, dict(params), config).items():
+        params[ours], made_from[ours] = np.ascontiguousarray(array, np.float32), (words,)
     ignored, unexplained = {}, []
-    for name in full:
-        if name in used:
+    for name in map(format.strip, arrays):
+        if full[name] in used:
             continue
         reason = next((reason for pattern, reason in format.ignored.items() if re.fullmatch(pattern, name)), None)
         if reason is None:
@@ -199,7 +256,7 @@ def back(format: Format, params: Arrays, sizes: Sizes, prefixes: Callable[[str],
     arrays, used = {}, set()
     for rule in format.rules:
         pattern = re.compile(re.escape(rule.ours).replace(r"\{i\}", r"(\d+)"))
-        for name in params:
+        for name in [name for name in params if name not in used]:  # of two rules for one parameter the first is the one to write
             if match := pattern.fullmatch(name):
                 used.add(name)
                 names = [theirs.replace("{i}", match[1] if match.groups() else "") for theirs in rule.theirs]

@@ -15,7 +15,8 @@ Grid = tuple[int, int]
 class Mixer(nnx.Module):
     """Mixer `none`: every frame by itself (late fusion; IV-ViT 3.2). At T = 1 this is the plain ViT.
 
-    A block calls the hooks in the order of the methods below, always with tokens float[B, T, N, D]: `prefix` tokens (class token, registers), then patches.
+    A block calls the hooks in the order of the methods below, always with tokens float[B, T, N, D]: `prefix` tokens (class token, registers), then
+    patches.
     """
 
     time_table = False  # whether the patches get a learned embedding of their frame

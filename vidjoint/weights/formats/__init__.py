@@ -1,6 +1,10 @@
 """The kinds of weights files that can be read: one file per project, and one line here."""
 
 from vidjoint.weights.formats.hf_vit import HF_VIT
+from vidjoint.weights.formats.timesformer import HF_TIMESFORMER, TIMESFORMER
+from vidjoint.weights.formats.token_shift import TOKEN_SHIFT
+from vidjoint.weights.formats.video_mae import VIDEO_MAE
+from vidjoint.weights.formats.vivit import VIVIT
 from vidjoint.weights.translate import Format
 
-FORMATS: tuple[Format, ...] = (HF_VIT,)
+FORMATS: tuple[Format, ...] = (HF_VIT, HF_TIMESFORMER, TIMESFORMER, TOKEN_SHIFT, VIDEO_MAE, VIVIT)
