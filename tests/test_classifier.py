@@ -172,7 +172,7 @@ def test_the_task_may_be_left_out_where_it_is_clear(run, model):
 
 
 def test_errors_of_the_user(run, tmp_path):
-    with pytest.raises(UserError, match=r"config\.json"):
+    with pytest.raises(UserError, match=r"holds neither a run \(config\.json"):
         vidjoint.load(tmp_path)
     with pytest.raises(UserError, match="no checkpoint of step 7; there are 10, 20"):
         vidjoint.load(run, 7)

@@ -227,7 +227,7 @@ def test_mistakes_are_one_line_each(command, run, tmp_path):
         for error, line in zip(errors, lines, strict=True):
             assert error.startswith("error: ") and line in error
     status, _, errors = command(workdir=tmp_path)
-    assert status == 2 and len(errors) == 1 and "--workdir" in errors[0]
+    assert status == 2 and len(errors) == 1 and "holds neither a run" in errors[0]
 
 
 def test_temporal_views_that_would_be_equal_are_refused(command, run):

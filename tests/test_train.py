@@ -243,7 +243,7 @@ def test_a_run_starts_from_another_one(run, experiment):
 
 def test_init_from_need_not_exist_any_more_when_a_run_resumes(experiment):
     config, _ = parse([f"--config={experiment}/experiment.py", "--config.init_from=/gone"])
-    with pytest.raises(UserError, match="init_from=/gone is no folder of a run"):
+    with pytest.raises(UserError, match="init_from: /gone does not exist"):
         prepare(config)
     prepare(config, resumes=True)
 
@@ -261,9 +261,7 @@ def test_everything_that_is_missing_is_listed_at_once(capsys, quiet, monkeypatch
     for name, path in {"k400": "kinetics400/train.csv", "ssv2": "something-v2/labels/validation.json", "mit": "moments/trainingSet.csv"}.items():
         assert any(line.startswith(f"error: task {name}, ") and f"{tmp_path}/{path} does not exist" in line for line in lines)
     assert any(f"{tmp_path}/imagenet/train does not exist" in line for line in lines)
-    assert lines[-1].startswith(
-        "error: init_from=checkpoints/vit_l16_jft is no folder of a run: train that model first, or set init_from='' to start"
-    )
+    assert lines[-1].startswith("error: init_from: checkpoints/vit_l16_jft does not exist: give the folder of a run, or weights")
     assert len(lines) == len(set(lines)) == 15 and not (tmp_path / "run").exists()
 
 
@@ -283,7 +281,7 @@ def test_mistakes_of_all_kinds_are_listed_together(capsys, quiet, experiment, tm
         "optim.name='adm' is unknown",
         "task clips, train: ",
         "mesh.data=5, mesh.fsdp=1, ",
-        "init_from=nowhere is no",
+        "init_from: nowhere does not exist",
     )
     assert len(lines) == len(starts)
     for line, start in zip(lines, starts, strict=True):

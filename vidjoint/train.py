@@ -80,14 +80,14 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
     Raises:
       UserError: everything the user can put right, reported together.
     """
-    problems, weights = [], None
+    no_weights, weights = [], None
     if config.init_from and not resumes:
         try:
             weights = open_weights(config.init_from)
             config = adopt(config, weights.config)
         except UserError as error:
-            problems += [f"init_from: {line}" for line in error.lines]
-    problems += validate.check(config)
+            no_weights = [f"init_from: {line}" for line in error.lines]
+    problems = validate.check(config)
     config_is_sound, tasks_are_sound = not problems, not any(line.startswith("tasks.") for line in problems)
 
     def attempt(function, *args):
@@ -102,6 +102,7 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
     if config_is_sound and mesh and config.optim.freeze:
         parameters = build(config.model, {name: max(task.classes, 1) for name, task in config.tasks.items()}).abstract()
         attempt(optim.split_frozen, parameters, config.optim.freeze)
+    problems += no_weights
     if problems:
         raise UserError(*problems)
     for task in tasks.values():

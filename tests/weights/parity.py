@@ -1,5 +1,6 @@
 """What the parity tests share: a reference model's parameters as arrays, ours built from them, and both compared block by block."""
 
+import re
 import warnings
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from vidjoint.errors import UserError
 from vidjoint.models.build import build
 from vidjoint.weights.pretrained import Pretrained, from_arrays
 
@@ -29,7 +31,8 @@ def randomise(module, seed: int = 0, scale: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * (scale if parameter.ndim < 2 else parameter.shape[-1] ** -0.5))
+            fan_in = parameter[0].numel() if parameter.ndim > 3 else max((1, *parameter.shape[-1:]))  # convolutions, or other kernels and tables
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * (scale if parameter.ndim < 2 else fan_in**-0.5))
 
 
 def saved(module, folder) -> dict[str, np.ndarray]:
@@ -76,6 +79,43 @@ def ours(pretrained: Pretrained, pixels: np.ndarray) -> dict[str, np.ndarray]:
         return outputs | {"features": vit.features(pixels)} | dict(zip(("logits",), vit(pixels).values(), strict=False))
 
     return jax.tree.map(np.asarray, run(params, pixels))
+
+
+def block_outputs(blocks, run) -> tuple[object, list[np.ndarray]]:
+    """What `run()` returns, and what each of these modules gave meanwhile."""
+    import torch
+
+    outputs = []
+    hooks = [block.register_forward_hook(lambda module, given, made: outputs.append(made.numpy())) for block in blocks]
+    with torch.no_grad():
+        result = run()
+    for hook in hooks:
+        hook.remove()
+    return result, outputs
+
+
+def compare(found: dict, blocks: list[np.ndarray], logits=None, features=None) -> None:
+    """Ours against theirs, for a batch of images: every block's tokens, and what follows."""
+    assert len(blocks) == sum(name.startswith("block/") for name in found)
+    for i, tokens in enumerate(blocks):
+        np.testing.assert_allclose(found[f"block/{i}"][:, 0], tokens, atol=ATOL)
+    for name, wanted in (("logits", logits), ("features", features)):
+        if wanted is not None:
+            np.testing.assert_allclose(found[name], wanted.numpy(), atol=ATOL)
+
+
+def refused_if_damaged(arrays: dict, config: dict, optional: str = "none") -> None:
+    """Each array of a file, missing or of a wrong shape, is a UserError that names it or what was to be made from it.
+
+    `optional`: a regular expression of names that a model may well lack.
+    """
+    for name in arrays:
+        short = {key: array for key, array in arrays.items() if key != name}
+        cut = arrays | {name: arrays[name][..., :-1]}
+        for damaged in [cut] if re.fullmatch(optional, name) else [short, cut]:
+            with pytest.raises(UserError, match="memory") as caught:
+                from_arrays(damaged, {"config": config}, "memory")
+            assert len(caught.value.lines) < 10 and all(line.isprintable() for line in caught.value.lines), name
 
 
 def read(arrays: dict, config: dict | None = None, **changes) -> Pretrained:

@@ -397,7 +397,7 @@ def test_folders(tmp_path):
         with refused(place, *names):
             read_arrays(place)
     for place in (folder(), folder("readme.txt"), folder("pytorch_model-00001-of-00002.bin")):
-        with refused(place, "no weights"):
+        with refused(place, "neither a run"):
             read_arrays(place)
 
 

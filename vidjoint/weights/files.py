@@ -84,7 +84,7 @@ def find_weights(path: Path) -> Path:
     path = Path(path)
     with reading(path):
         if not path.exists():
-            raise BadFile("does not exist")
+            raise BadFile("does not exist: give the folder of a run, or weights (docs/weights.md)")
         if not path.is_dir():
             return path
         for patterns in FOLDER_NAMES:
@@ -93,7 +93,7 @@ def find_weights(path: Path) -> Path:
                 raise BadFile(f"holds several files of weights: {shown(', '.join(file.name for file in found))}: give the one that is meant")
             if found:
                 return found[0]
-        raise BadFile("holds no weights (no .safetensors, .npz or file of PyTorch)")
+        raise BadFile("holds neither a run (config.json, checkpoints) nor weights (.safetensors, .npz or a file of PyTorch)")
 
 
 def read_sidecars(path: Path) -> dict[str, dict]:

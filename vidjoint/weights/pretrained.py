@@ -1,6 +1,7 @@
 """Pretrained weights, wherever they come from: parameters under this project's names, with the model settings and class names that belong to them."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -83,8 +84,12 @@ def open_weights(path: str | Path, step: int | str | None = None, format: str = 
 
 def is_own(path: Path) -> bool:
     """Whether this is a folder of this project: that of a run, or of imported or exported weights."""
-    folder = RunFolder(path)
-    return (path / "config.json").is_file() and (folder.weights.is_file() or (path / "checkpoints").is_dir())
+    if RunFolder(path).weights.is_file() or (path / "checkpoints").is_dir():
+        return True
+    try:
+        return "tasks" in json.loads((path / "config.json").read_bytes())  # a run that has not saved yet; others have a config.json too
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def write_folder(weights: Pretrained, path: str | Path) -> None:
@@ -146,7 +151,10 @@ def from_arrays(
         settings |= _preprocessing(config, preprocessor)
     except Refused as error:
         raise UserError(f"{source} looks like {format.what}, but {error}") from error
-    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        name = str(error.args[0])
+        raise UserError(f"{source} looks like {format.what}, but lacks {', '.join(_names_in_file(format.name, name)) or name}") from error
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{source} looks like {format.what}, but its arrays don't fit together ({type(error).__name__}: {error})") from error
     settings |= changes or {}
     made = base_config()
@@ -168,6 +176,8 @@ def from_arrays(
 def check_shapes(weights: Pretrained) -> None:
     """Compares the parameters with those that a model of these settings has. Raises UserError with a line for each that is missing or does not fit."""
     model = build(weights.config.model, {task: len(names) for task, names in weights.labels.items()})
+    if model.spec.width % model.spec.heads:
+        raise UserError(f"{weights.source}: {model.spec.heads} attention heads cannot share a width of {model.spec.width}")
     wanted = {name: tuple(x.shape) for name, x in flat(model.abstract()).items()}
     found = {name: x.shape for name, x in weights.params.items()}
     lines = []
@@ -223,13 +233,11 @@ def _sizes(params: Arrays, config: Mapping[str, Any]) -> dict[str, Any]:
     if "embed/norm/scale" in params:
         sizes["pre_norm"] = "layer_norm"
     sizes["pool"] = "class_token" if class_token else "average"
-    if (kernel := params.get("embed/proj/kernel")) is not None:
-        sizes["patch"] = math.isqrt(len(kernel) // 3)
-        if (position := params.get("embed/position")) is not None:
-            side = math.isqrt(len(position) - class_token)
-            if side**2 != len(position) - class_token:
-                raise ValueError(f"a position table of {len(position)} rows is of no square grid")
-            sizes["image_size"] = side * sizes["patch"]
+    sizes["patch"] = math.isqrt(len(params["embed/proj/kernel"]) // 3)
+    side = math.isqrt(len(params["embed/position"]) - class_token)
+    if side**2 != len(params["embed/position"]) - class_token:
+        raise ValueError(f"a position table of {len(params['embed/position'])} rows is of no square grid")
+    sizes["image_size"] = side * sizes["patch"]
     return sizes
 
 

@@ -23,6 +23,15 @@ class Refused(Exception):
     """A file of a known kind holds what no model here has, or lacks what each must have: the rest of a sentence that begins with its name."""
 
 
+class Activations(dict):
+    def __missing__(self, name):
+        raise Refused(f"has the activation {str(name)[:40]!r}, which no model here has: known are {', '.join(self)}")
+
+
+# Names of activations in config.json (`hidden_act`; timm's `act_layer`) -> model.gelu. Any other raises Refused
+GELU = Activations(gelu="exact", gelu_new="tanh", gelu_pytorch_tanh="tanh", gelu_fast="tanh", gelu_tanh="tanh", quick_gelu="quick")
+
+
 @dataclass(frozen=True)
 class Layout:
     """How arrays of theirs become one of ours, and back."""

@@ -1,6 +1,6 @@
 """Hugging Face's ViT: `ViTModel` and `ViTForImageClassification`."""
 
-from vidjoint.weights.translate import CONV, TABLE, TASK, TOKEN, Arrays, Format, Rule, block_rules
+from vidjoint.weights.translate import CONV, GELU, TABLE, TASK, TOKEN, Arrays, Format, Rule, block_rules
 
 BLOCK = {
     "norm1": "layernorm_before",
@@ -19,7 +19,6 @@ IN_MEMORY = (  # names of the same arrays in a running model of transformers 5
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
-GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "quick_gelu": "quick"}  # hidden_act -> model.gelu
 
 
 def settings(theirs: Arrays, ours: Arrays, config: dict) -> dict:
@@ -33,7 +32,8 @@ HF_VIT = Format(
     prefixes=("vit.",),
     renames=IN_MEMORY,
     marks=(r"embeddings\.cls_token", r"embeddings\.position_embeddings", r"encoder\.layer\.0\.layernorm_before\.weight"),
-    unmarks=(r"embeddings\.time_embeddings", r".*layer_scale.*"),
+    unmarks=(r"embeddings\.time_embeddings", r".*layer_scale.*", r".*\.qkv\..*"),
+    axes={"embeddings.patch_embeddings.projection.weight": 4},
     rules=(
         Rule("embed/class_token", ("embeddings.cls_token",), TOKEN),
         Rule("embed/position", ("embeddings.position_embeddings",), TABLE),

@@ -32,7 +32,12 @@ TOKEN_SHIFT = Format(
     name="token_shift",
     what="the official TokenShift",
     prefixes=("module.", "base_model.", "transformer."),
-    marks=(r"embeddings\.cls_token", r"encoder\.layer\.0\.attention_norm\.weight", r"encoder\.layer\.0\.attn\.query\.weight", r"encoder\.encoder_norm\.weight"),
+    marks=(
+        r"embeddings\.cls_token",
+        r"encoder\.layer\.0\.attention_norm\.weight",
+        r"encoder\.layer\.0\.attn\.query\.weight",
+        r"encoder\.encoder_norm\.weight",
+    ),
     axes={"embeddings.patch_embeddings.weight": 4},
     rules=(
         Rule("embed/class_token", ("embeddings.cls_token",), TOKEN),

@@ -32,7 +32,9 @@ def grid_of(projection: np.ndarray, config: dict, tokens: int | None = None) -> 
     default = 16 if tokens is None else tubelet * max(tokens // side**2, 1)
     times = int(config.get("num_frames") or default) // tubelet
     if tokens not in (None, times * side**2):
-        raise ValueError(f"a position table of {tokens} patches is not of {times} x {side} x {side}")
+        raise ValueError(
+            f"a position table of {tokens} patches is not of {times} x {side} x {side}: its config.json must say image_size and num_frames"
+        )
     return times, side, side
 
 
