@@ -41,6 +41,8 @@ class Classifier:
           UserError: the folder holds no run, or not that checkpoint.
         """
         weights = open_weights(folder, step)
+        if weights.unexplained:
+            raise UserError(f"{folder}: nothing is known of {weights.unexplained[0]}: turn it into a folder with python -m vidjoint.weights import")
         self.config, self.labels, self.step = weights.config, weights.labels, weights.step
         if batch_size is not None and batch_size < 1:
             raise UserError(f"--batch_size={batch_size}: at least 1")

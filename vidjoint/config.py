@@ -273,7 +273,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     file, colon, argument = path.partition(":")
     config = _load_file(Path(file), [argument] if colon else [])
     for change in changes:
-        problems += _override(config, change)
+        problems += override(config, change)
     if problems:
         raise UserError(*problems)
     return config, "_".join(filter(None, [Path(file).stem, argument.replace(",", "_")]))
@@ -375,7 +375,7 @@ def _neighbours(folder: Path) -> Iterator[None]:
         sys.modules.update(before)
 
 
-def _override(config: ConfigDict, change: str) -> list[str]:
+def override(config: ConfigDict, change: str) -> list[str]:
     """Makes one `--config.KEY=VALUE` change in place (for a bool also --config.KEY and --noconfig.KEY); returns what is wrong with it."""
     known = _flat(config.to_dict())
     key = re.sub(r"^--?(no)?config\.", "", change.partition("=")[0])

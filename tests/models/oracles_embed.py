@@ -8,7 +8,8 @@ from tests.models.oracles import attention, dense, layer_norm, mlp, ordered
 def tubelets(pixels, p, patch, depth, time=False):
     """ViViT 3.2, tubelet embedding: uint8[B, F, H, W, 3] -> tokens [B, F / depth, N, D] with position (and time), and the class token [D].
 
-    Videos have parameters of their own; a clip of one frame is an image. The kernel's inputs are frame, row, column and colour, slowest first.
+    Videos have parameters of their own; a clip of one frame is an image. The kernel's inputs are frame, row, column and colour, slowest first. A
+    position table of several time steps has their patches one after the other.
     """
     b, frames, height, width, _ = pixels.shape
     video = frames > 1
@@ -16,12 +17,14 @@ def tubelets(pixels, p, patch, depth, time=False):
     x = (pixels / 255.0 - 0.5) / 0.5
     kernel = proj["kernel"].reshape(depth, patch, patch, 3, -1)
     tokens = np.zeros((b, frames // depth, (height // patch) * (width // patch), kernel.shape[-1]))
+    times = (len(position) - 1) // tokens.shape[2]
     for t in range(frames // depth):
+        step = t * times // (frames // depth)
         for i in range(height // patch):
             for j in range(width // patch):
                 tube = x[:, t * depth : (t + 1) * depth, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch]
                 n = i * (width // patch) + j
-                tokens[:, t, n] = np.einsum("btpqc,tpqcd->bd", tube, kernel) + proj["bias"] + position[1 + n]
+                tokens[:, t, n] = np.einsum("btpqc,tpqcd->bd", tube, kernel) + proj["bias"] + position[1 + step * tokens.shape[2] + n]
         if time:
             tokens[:, t] += p["time"][t * len(p["time"]) // (frames // depth)]
     return tokens, p["class_token"] + position[0]
@@ -35,9 +38,9 @@ def encoder(x, blocks, heads):
     return x
 
 
-def vivit(pixels, p, heads, patch, depth):
+def vivit(pixels, p, heads, patch, depth, time=True):
     """ViViT 3.3, model 1: all tubelets of a clip and one class token in one sequence."""
-    tokens, token = tubelets(pixels, p["embed"], patch, depth, time=True)
+    tokens, token = tubelets(pixels, p["embed"], patch, depth, time)
     b, _, _, width = tokens.shape
     x = np.concatenate([np.broadcast_to(token, (b, 1, width)), tokens.reshape(b, -1, width)], axis=1)
     return layer_norm(encoder(x, p["blocks"], heads), p["norm"])[:, 0]

@@ -109,6 +109,36 @@ def test_joint_attention_over_tubelets_is_vivit_s_first_model(frames):
     np.testing.assert_allclose(features(model, params, clip(frames)), expected, atol=1e-5)  # of 8 frames: time steps 0, 0, 1, 1
 
 
+@pytest.mark.parametrize("frames", [1, 4, 8, 16])
+@pytest.mark.parametrize("mixer", ["none", "joint"])
+def test_a_table_over_space_and_time_equals_its_definition(mixer, frames):
+    """A row for each token of a clip of 8 frames, so 4 time steps: of 16 frames each takes a step's rows twice, of 4 frames steps 0 and 2 count."""
+    model = separate(mixer=mixer, frames=8, tubelet=2, video_position="space_time")
+    params = random_params(model)
+    assert params["embed"]["video_position"].shape == (1 + 4 * 4, 24) and "time" not in params["embed"]
+    patches, token = oracles_embed.tubelets(clip(frames), oracles.numpy_tree(params["embed"]), 8, 2)
+    tokens = embedded(model, params, clip(frames))
+    np.testing.assert_allclose(tokens[:, :, 1:], patches, atol=1e-5)
+    np.testing.assert_allclose(tokens[:, :, 0], np.broadcast_to(token, tokens[:, :, 0].shape), atol=1e-6)
+    if mixer == "joint":
+        expected = oracles_embed.vivit(clip(frames), oracles.numpy_tree(params), 3, 8, 2, time=False)
+        np.testing.assert_allclose(features(model, params, clip(frames)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_a_fresh_table_over_space_and_time_is_the_image_s_at_every_time(class_token):
+    changes = dict(mixer="joint", frames=6, tubelet=2, class_token=class_token, pool="class_token" if class_token else "average")
+    over_time, grid = separate(video_position="space_time", **changes), separate(**changes)
+    params = fresh(over_time)
+    assert params["embed"]["video_position"].shape == (int(class_token) + 3 * 4, 24)
+    without = fresh(grid)
+    rest = {name: value for name, value in without["embed"].items() if name not in ("time", "video_position")}
+    jax.tree.map(np.testing.assert_array_equal, {name: params["embed"][name] for name in rest}, rest)
+    for frames in (1, 6, 4):
+        tokens = [embedded(model, random_params(model) | part, clip(frames)) for model, part in ((over_time, params), (grid, without))]
+        np.testing.assert_allclose(*tokens, atol=1e-6)  # the table over time starts as zeros
+
+
 @pytest.mark.parametrize(("mixer", "pool"), [("divided", "class_token"), ("token_shift", "class_token"), ("none", "average")])
 def test_tubelets_take_the_place_of_frames(mixer, pool):
     """Tubelets that see one frame each give what these frames alone give. Joint attention: above."""

@@ -41,6 +41,9 @@ def test_means_and_single_tokens_equal_their_definitions():
     np.testing.assert_allclose(result, normed(sum(x[:, t, 0] for t in range(3)) / 3), atol=1e-5)
     result, _, x, norm = pooled(tiny(depth=1, pool="last_frame"), 3)
     np.testing.assert_allclose(result, normed(x[:, 2, 0]), atol=1e-5)
+    for class_token in (True, False):
+        result, _, x, norm = pooled(tiny(depth=1, pool="first_token", class_token=class_token), 3)
+        np.testing.assert_allclose(result, normed(x[:, 0, 0]), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""TimeSformer, with its three kinds of attention, against Hugging Face's library: every block's tokens and the logits; the official names beside it."""
+"""TimeSformer, with its three kinds of attention, against Hugging Face's library: every block's tokens and the logits; and the official names."""
 
 import copy
 

@@ -101,6 +101,22 @@ def write_folder(weights: Pretrained, path: str | Path) -> None:
     write_safetensors(folder.weights, weights.params, {"source": weights.source, "format": "vidjoint"})
 
 
+def rename_task(weights: Pretrained, name: str) -> Pretrained:
+    """The same weights, their only classifier under another name."""
+    if set(weights.labels) == {name} or not weights.labels:
+        return weights
+    (old, names), *_ = weights.labels.items()
+    config = weights.config.copy_and_resolve_references()
+    config.tasks[name] = config.tasks[old]
+    del config.tasks[old]
+
+    def renamed(table: Mapping) -> dict:
+        return {key.replace(f"heads/{old}/", f"heads/{name}/", 1): value for key, value in table.items()}
+
+    changes = dict(params=renamed(weights.params), made_from=renamed(weights.made_from), numbered=frozenset({name} if weights.numbered else ()))
+    return dataclasses.replace(weights, config=config, labels={name: names}, **changes)
+
+
 def adopt(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
     """A copy of `config` in which model settings that pretrained weights decide (OF_WEIGHTS) are those of `stored`, unless they are set."""
     config = config.copy_and_resolve_references()

@@ -1,7 +1,7 @@
 """What the tables of models with tubelets share: sizes that the position table alone does not tell, and an embedding for still images.
 
-Such files know videos only. Their image is a clip of one time step that shows the same frame throughout: its projection is the sum of the video's over
-the tubelet's frames, its position table that of the first time step. So the model makes of a picture exactly what it makes of such a clip.
+Such files know videos only. A picture is to them a clip of one time step that stands still: its projection is that of the video summed over the
+tubelet's frames, its position table that of the first time step. So the model makes of a picture exactly what it makes of such a clip.
 """
 
 import numpy as np

@@ -1,6 +1,7 @@
 """Hugging Face's VideoMAE: `VideoMAEForVideoClassification`, `VideoMAEModel`, and the encoder of `VideoMAEForPreTraining`.
 
-Its position table, a sinusoid over all tokens of a clip, is in no file. Keys have no bias: it would change nothing, for a softmax over keys doesn't see it.
+Its position table, a sinusoid over all tokens of a clip, is in no file. Keys have no bias: it would change nothing, for the softmax over keys does
+not see it.
 """
 
 import numpy as np

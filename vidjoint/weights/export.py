@@ -1,0 +1,144 @@
+"""A trained model as files of Hugging Face's transformers, whose own classes then load it and give the same logits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vidjoint.errors import UserError
+from vidjoint.metrics import write_whole
+from vidjoint.models.build import spec_from_config
+from vidjoint.models.spec import ViTSpec
+from vidjoint.weights.files import write_safetensors
+from vidjoint.weights.formats.dinov2 import HF_DINOV2, HF_DINOV2_REGISTERS
+from vidjoint.weights.formats.hf_vit import HF_VIT
+from vidjoint.weights.formats.timesformer import HF_TIMESFORMER
+from vidjoint.weights.pretrained import PILLOW, Pretrained
+from vidjoint.weights.translate import TASK, Format, Sizes, back
+
+ACTS = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
+ATTENTION = {"divided": "divided_space_time", "joint": "joint_space_time"}
+TARGETS = {  # --format -> the class that loads it, and its image processor
+    "hf_vit": ("ViTForImageClassification", "ViTImageProcessor"),
+    "hf_dinov2": ("Dinov2ForImageClassification", "BitImageProcessor"),
+    "hf_dinov2_registers": ("Dinov2WithRegistersForImageClassification", "BitImageProcessor"),
+    "hf_timesformer": ("TimesformerForVideoClassification", "VideoMAEImageProcessor"),
+}
+
+
+def obstacles(spec: ViTSpec, target: str) -> list[str]:
+    """What a model has that the target's class cannot hold, one line each; [] if it can be exported."""
+    wanted: dict[str, Any] = {"embed": ("shared",), "pre_norm": ("none",), "class_token": (True,), "mixer_blocks": ((), tuple(range(spec.depth)))}
+    if target == "hf_timesformer":
+        wanted |= {"mixer": ("divided", "joint"), "pool": ("class_token",), "layer_scale": (0.0,), "registers": (0,)}
+    elif target == "hf_vit":
+        wanted |= {"mixer": ("none",), "pool": ("class_token",), "layer_scale": (0.0,), "registers": (0,)}
+    else:
+        wanted |= {"mixer": ("none",), "pool": ("class_and_average",)}
+    lines = [
+        f"model.{key}={getattr(spec, key)}, not {' or '.join(map(str, values))}" for key, values in wanted.items() if getattr(spec, key) not in values
+    ]
+    if target.startswith("hf_dinov2"):
+        lines += [] if spec.layer_scale else ["no LayerScale"]
+        lines += [f"{spec.registers} registers"] if (spec.registers > 0) != target.endswith("registers") else []
+        lines += [f"an MLP of {spec.mlp_dim}, no multiple of the width"] if spec.mlp_dim % spec.width else []
+    return lines
+
+
+def choose_target(spec: ViTSpec, target: str) -> str:
+    """The name in TARGETS: `target` itself, or for "hf" the first that can hold the model. Raises UserError if it cannot."""
+    found = {name: obstacles(spec, name) for name in (TARGETS if target == "hf" else [target])}
+    if target != "hf" and target not in TARGETS:
+        raise UserError(f"--format={target} is unknown: choose vidjoint, hf, {', '.join(TARGETS)}")
+    fitting = [name for name, lines in found.items() if not lines]
+    if fitting:
+        return fitting[0]
+    raise UserError(*(f"{TARGETS[name][0]} cannot hold this model: it has {'; '.join(lines)}" for name, lines in found.items()))
+
+
+def to_hugging_face(weights: Pretrained, path: str | Path, target: str = "hf", task: str = "") -> str:
+    """Writes a folder that `from_pretrained` loads: model.safetensors, config.json, preprocessor_config.json.
+
+    Args:
+      target: one of TARGETS, or "hf" for the first that can hold the model.
+      task: whose classifier goes along; "" for the only one.
+
+    Returns:
+      The name of the class that loads it.
+
+    Raises:
+      UserError: no such class can hold the model, there is no such task, or the folder can't be written.
+    """
+    spec, path = spec_from_config(weights.config.model), Path(path).expanduser()
+    target = choose_target(spec, target)
+    if not task and len(weights.labels) != 1:
+        raise UserError(f"--task is missing: these weights have {len(weights.labels)} classifiers ({', '.join(weights.labels)}), and one goes along")
+    task = task or next(iter(weights.labels))
+    if task not in weights.labels:
+        raise UserError(f"there is no task {task!r}: choose one of {', '.join(weights.labels)}")
+    format = {known.name: known for known in (HF_VIT, HF_DINOV2, HF_DINOV2_REGISTERS, HF_TIMESFORMER)}[target]
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"{path} is there and not empty: give a new folder")
+    body = {name: array for name, array in weights.params.items() if not name.startswith("heads/")}
+    head = {f"heads/{TASK}/{part}": weights.params[f"heads/{task}/{part}"] for part in ("kernel", "bias")}
+    arrays = back(
+        format, body | head, Sizes(spec.heads, spec.patch), lambda name: name if name.startswith("classifier") else format.prefixes[0] + name
+    )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / "preprocessor_config.json", _text(_preprocessor(weights, spec, target)))
+        write_whole(path / "config.json", _text(_config(spec, format, weights.labels[task])))
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror}): give another folder") from error
+    write_safetensors(path / "model.safetensors", arrays, {"format": "pt"})
+    return TARGETS[target][0]
+
+
+def _config(spec: ViTSpec, format: Format, labels: tuple[str, ...]) -> dict[str, Any]:
+    config = {
+        "architectures": [TARGETS[format.name][0]],
+        "model_type": format.model_type,
+        "hidden_size": spec.width,
+        "num_hidden_layers": spec.depth,
+        "num_attention_heads": spec.heads,
+        "hidden_act": ACTS[spec.gelu],
+        "layer_norm_eps": spec.norm_eps,
+        "image_size": spec.image_size,
+        "patch_size": spec.patch,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "torch_dtype": "float32",
+        "id2label": {str(i): name for i, name in enumerate(labels)},
+        "label2id": {name: i for i, name in enumerate(labels)},
+    }
+    if format.name.startswith("hf_dinov2"):
+        config |= {"mlp_ratio": spec.mlp_dim // spec.width, "use_swiglu_ffn": False, "use_mask_token": False, "drop_path_rate": 0.0}
+        return config | ({"num_register_tokens": spec.registers} if spec.registers else {})
+    config["intermediate_size"] = spec.mlp_dim
+    if format is HF_TIMESFORMER:
+        config |= {"num_frames": spec.frames, "attention_type": ATTENTION[spec.mixer], "drop_path_rate": 0.0}
+    return config
+
+
+def _preprocessor(weights: Pretrained, spec: ViTSpec, target: str) -> dict[str, Any]:
+    """What the model expects of pictures. The short side is scaled to the input's own, as here in evaluation."""
+    size = {"height": spec.image_size, "width": spec.image_size}
+    interpolation = weights.config.model.interpolation or "bilinear"
+    return {
+        "image_processor_type": TARGETS[target][1],
+        "do_resize": True,
+        "size": size if target == "hf_vit" else {"shortest_edge": spec.image_size},
+        "resample": next(number for number, name in PILLOW.items() if name == interpolation),
+        "do_center_crop": target != "hf_vit",
+        "crop_size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+    }
+
+
+def _text(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
