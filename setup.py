@@ -37,9 +37,12 @@ setup(
         "tqdm",
         "tensorboardX",
         "safetensors",
+        "ml_dtypes",  # bfloat16 for NumPy
     ],
     extras_require={
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        # Only for the tests that compare imported and exported weights with the libraries they come from
+        "parity": ["torch>=2.4", "transformers>=5", "timm>=1.0.20"],
         # Only for building a data set of the TFDS catalogue (`tfds build`; builders that encode pictures or read TFRecords), not for reading one.
         "tfds": ["tensorflow>=2.21"],
         "gpu": ["jax[cuda12]"],  # with CUDA's libraries; for CUDA 13 install jax[cuda13] in its place

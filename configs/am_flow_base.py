@@ -13,7 +13,7 @@ TPUS = {  # layers and widths that give the paper's parameters: TCN 54 M, LSTM 3
     "tcn": dict(tpu="tcn", tpu_layers=3, tpu_width=384),
     "lstm": dict(tpu="lstm", tpu_layers=4),
 }
-FROZEN = ("embed/.*", r"blocks/\d+/(norm1|attn|norm2|mlp)/.*", "norm/.*")
+FROZEN = ("embed/.*", r"blocks/\d+/(norm1|attn|scale1|norm2|mlp|scale2)/.*", "norm/.*")
 
 
 def am_flow(tpu: str, frames: int, flow: str, ablation: str = "", **tasks):
@@ -21,9 +21,9 @@ def am_flow(tpu: str, frames: int, flow: str, ablation: str = "", **tasks):
     config.total_epochs = 10.0  # the paper: a tenth of full fine-tuning
     config.batch_size = 64
     config.eval_every = 5_000
-    config.init_from = "checkpoints/dinov2_b14"
+    config.init_from = "checkpoints/dinov2_b14"  # a folder with DINOv2's dinov2_vitb14_pretrain.pth, or Hugging Face's facebook/dinov2-base
     config.model.update(variant="B/14", mixer="am_flow", pool="last_frame", frames=frames, image_size=224)
-    config.model.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    config.model.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # DINOv2's, for an ablation without it too
     config.model.am_flow.update(flow=flow, **TPUS[tpu])
     # The paper's recipe is in an appendix that is not published
     config.optim.update(lr=3e-4, weight_decay=0.05, warmup_epochs=1.0, clip_norm=1.0, freeze=FROZEN)

@@ -3,7 +3,8 @@
 python -m vidjoint.main --config=configs/finetune_folder.py --config.data_root=MY_VIDEOS
 
 MY_VIDEOS/CLASS/*.mp4 (any format that FFmpeg reads). A fifth of each class is held out for validation. If left and right matter in your classes, add
---config.tasks.videos.flip=False. To start from an earlier run (with the same model settings): --config.init_from=RUN. Have separate folders? Set
+--config.tasks.videos.flip=False. To start from an earlier run or from other projects' weights (docs/weights.md): --config.init_from=PATH, with
+their patch size, as in --config.model.variant=B/14. Have separate folders? Set
 --config.tasks.videos.train=train --config.tasks.videos.val=val --config.tasks.videos.fold=''. A list of files: --config.tasks.videos.source=csv.
 
 Hardware: one GPU with 16 GB for the B/16 of 8 x 224 x 224; on a CPU try --config.model.variant=Ti/16 --config.model.image_size=96

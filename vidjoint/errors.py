@@ -20,6 +20,11 @@ class UserError(Exception):
         self.lines = lines
 
 
+def printable(text: str) -> str:
+    """The text with escapes for what would break a line or act on a terminal: names in files of others may hold anything."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def reader_has_gone() -> bool:
     """Whether standard output is a pipe that nobody reads any more."""
     poll = select.poll()
@@ -41,7 +46,7 @@ def command(main: Callable) -> Callable:
             return status
         except UserError as error:
             for line in error.lines:
-                print(line if line.startswith(" ") else f"error: {line}", file=sys.stderr)
+                print(printable(line if line.startswith(" ") else f"error: {line}"), file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

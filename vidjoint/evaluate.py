@@ -229,7 +229,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if args.data:
             use_data(config, args.task, classifier.labels[args.task], args.data, args.root, folder)
-        problems = validate.check(config)
+        problems = validate.check(config, trains=False)
         tasks = open_tasks(config, ("val",)) if not problems else {}
     problems += [
         f"{name}: the classes of {task.val.origin} are not those of the run: evaluate it by --task={name} --data=CSV"
@@ -237,7 +237,7 @@ def main(argv: list[str]) -> int:
         if task.labels != classifier.labels[name]
     ]
     if not problems and not tasks:
-        problems = [f"{', '.join(config.tasks)}: no validation split in the run's config: give one by --task and --data"]
+        problems = [f"{', '.join(config.tasks)}: no validation split in its config: give one by --task=NAME --data=CSV"]
     if problems:
         raise UserError(*problems)
     for task in tasks.values():
@@ -248,7 +248,7 @@ def main(argv: list[str]) -> int:
     with sharding.memory_errors("lower --batch_size"):
         results = Evaluator(config, classifier.model, tasks, mesh).run(params, validate.views(views), args.reversed)
     content = as_json(results, classifier.step)
-    print(f"step {classifier.step}, {views} views")
+    print(f"{args.workdir if classifier.step is None else f'step {classifier.step}'}, {views} views")
     print(table(content))
     write_json(args.json, content)
     return 0

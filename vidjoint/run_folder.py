@@ -36,8 +36,11 @@ class RunFolder:
 
     @property
     def labels(self) -> dict[str, tuple[str, ...]]:
-        """Class names of each task, in alphabetical order of the tasks."""
-        return {task: tuple(self.label_file(task).read_text(encoding="utf-8").split("\n")[:-1]) for task in sorted(self.config.tasks)}
+        """Class names of each task, in alphabetical order of the tasks. Raises UserError if they can't be read."""
+        try:
+            return {task: tuple(self.label_file(task).read_text(encoding="utf-8").split("\n")[:-1]) for task in sorted(self.config.tasks)}
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.path}: its class names can't be read ({error}): copy the folder again, with labels/") from error
 
     @property
     def results(self) -> Path:
@@ -58,15 +61,17 @@ class RunFolder:
         """Whether there is a run to go on with."""
         return any(child.name.isdigit() for child in (self.path / "checkpoints").glob("*"))
 
-    def check(self, config: ConfigDict, labels: dict[str, tuple[str, ...]]) -> None:
+    def check(self, config: ConfigDict, labels: dict[str, tuple[str, ...]], force: bool = False) -> None:
         """Returns if what is here may go on with this config: there is no checkpoint yet, or it was started with settings that compute the same.
+
+        With `force`, other settings may go on too.
 
         Raises:
           UserError: there is one with other settings; lists the differences. Or this is a folder of weights.
         """
         if self.weights.exists():
             raise UserError(f"{self.path} holds weights, not a run: give another --workdir, and init_from={self.path} to start from them")
-        if not self.has_checkpoint:
+        if force or not self.has_checkpoint:
             return
         changed = [line for line in config_module.difference(self.config, config) if not HARMLESS.fullmatch(line.partition(":")[0])]
         changed += [f"class names of {task}" for task in labels if task in self.config.tasks and self.labels[task] != labels[task]]

@@ -178,8 +178,7 @@ def train(config: ConfigDict, workdir: str | Path, force_config: bool = False) -
     setup = prepare(config, resumes=folder.has_checkpoint)
     config = setup.config
     labels = {name: task.labels for name, task in setup.tasks.items()}
-    if not force_config:
-        folder.check(config, labels)
+    folder.check(config, labels, force_config)
     if jax.process_index() == 0:
         folder.write(config, labels)
         if setup.start:

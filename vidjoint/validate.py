@@ -65,13 +65,17 @@ TEXTS = ("task_order", "optim.freeze", "init_allow")  # tuples of texts; all oth
 PAIRS = ("image_size", "short_side", "area", "aspect")
 
 
-def check(config: ConfigDict) -> list[str]:
-    """Returns the problems of a config, one line each with what to do; [] if it can run. Reads no file. Lines about a task start with its key."""
+def check(config: ConfigDict, trains: bool = True) -> list[str]:
+    """Returns the problems of a config, one line each with what to do; [] if it can run. Reads no file. Lines about a task start with its key.
+
+    Args:
+      trains: False where nothing is to be trained: a length and training data are not asked for then, as imported weights have none.
+    """
     problems = _check_tuples(config)
     if problems:
         return problems
     problems = _check_numbers(config, CHOICES, POSITIVE, NOT_NEGATIVE)
-    if bool(config.total_steps) == bool(config.total_epochs):
+    if trains and bool(config.total_steps) == bool(config.total_epochs):
         problems.append(f"total_steps={config.total_steps} and total_epochs={config.total_epochs}: give exactly one of them")
     if not config.tasks:
         problems.append("there are no tasks: add one with config.tasks.NAME = task_config(...)")
@@ -86,14 +90,23 @@ def check(config: ConfigDict) -> list[str]:
         problems.append(f"eval.views={config.eval.views!r}: write temporal x spatial views, as in 1x3")
     problems += _check_optim(config)
     problems += _check_model(config.model)
-    if config.model.temporal_init == "copied" and not config.init_from:
+    if trains and config.model.temporal_init == "copied" and not config.init_from:
         problems.append("model.temporal_init=copied copies the attention of an earlier run: set init_from, or use model.temporal_init=zero or random")
     for name in sorted(config.tasks):
-        problems += [f"tasks.{name}: {line}" for line in _check_task(config, name)]
+        problems += [f"tasks.{name}: {line}" for line in _check_task(config, name, trains)]
     shapes = {clip_spec(config, name).shape for name in config.tasks}
     if config.schedule == "mixed" and 0 < config.batch_size < len(shapes):
         problems.append(f"batch_size={config.batch_size} is below the number of clip shapes, {len(shapes)}, which each need a batch: raise it")
     return problems
+
+
+def check_model(config: ConfigDict) -> list[str]:
+    """Those problems of a config that are about `config.model`."""
+    if problems := [line for line in _check_tuples(config) if line.startswith("model.")]:
+        return problems
+    choices = {key: names for key, names in CHOICES.items() if key.startswith("model.")}
+    positive, not_negative = ([key for key in keys if key.startswith("model.")] for keys in (POSITIVE, NOT_NEGATIVE))
+    return _check_numbers(config, choices, positive, not_negative) or _check_model(config.model)
 
 
 def views(text: str) -> tuple[int, int] | None:
@@ -203,7 +216,7 @@ def _check_am_flow(settings: ConfigDict, width: int) -> list[str]:
     return problems
 
 
-def _check_task(config: ConfigDict, name: str) -> list[str]:
+def _check_task(config: ConfigDict, name: str, trains: bool) -> list[str]:
     task = config.tasks[name]
     if not name.isidentifier():
         return ["a task's name must be letters, digits and underscores, for it names parameters and folders"]
@@ -211,7 +224,7 @@ def _check_task(config: ConfigDict, name: str) -> list[str]:
     problems += [f"{key}={task[key]} must be a pair of numbers" for key in PAIRS if len(task[key]) != 2]
     if problems:
         return problems
-    if not task.train:
+    if trains and not task.train:
         problems.append("train is empty: name the training data")
     if task.multilabel and task.source != "csv":
         problems.append(f"multilabel=True with source={task.source}: only lists hold several labels of a file, so set source=csv and write one")

@@ -81,14 +81,14 @@ def ours(pretrained: Pretrained, pixels: np.ndarray) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, run(params, pixels))
 
 
-def block_outputs(blocks, run) -> tuple[object, list[np.ndarray]]:
-    """What `run()` returns, and what each of these modules gave meanwhile."""
+def block_outputs(blocks, model, *inputs, **settings) -> tuple[object, list[np.ndarray]]:
+    """What a torch model returns, and what each of these modules of it gave meanwhile."""
     import torch
 
     outputs = []
     hooks = [block.register_forward_hook(lambda module, given, made: outputs.append(made.numpy())) for block in blocks]
     with torch.no_grad():
-        result = run()
+        result = model(*inputs, **settings)
     for hook in hooks:
         hook.remove()
     return result, outputs

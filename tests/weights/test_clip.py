@@ -33,8 +33,7 @@ def test_parity(tmp_path, kind, act):
     tower = getattr(reference, "vision_model", reference)
     for side in (32, 48, 24):
         pixels = pixels_of(2, 1, side, side)
-        run = lambda x=normalised(pixels, pretrained)[:, 0]: tower(x, interpolate_pos_encoding=True)  # noqa: E731
-        expected, blocks = block_outputs(tower.encoder.layers, run)
+        expected, blocks = block_outputs(tower.encoder.layers, tower, normalised(pixels, pretrained)[:, 0], interpolate_pos_encoding=True)
         compare(ours(pretrained, pixels), blocks, features=expected.pooler_output)
 
 
@@ -54,5 +53,5 @@ def test_damaged_files(tmp_path):
 
 def test_a_classifier_of_unnormed_patches_is_refused(tmp_path):
     reference = model_of("CLIPForImageClassification")
-    with pytest.raises(UserError, match="memory.*classifier.*averages"):
+    with pytest.raises(UserError, match=r"memory.*classifier.*averages"):
         from_arrays(saved(reference, tmp_path), {"config": reference.config.to_dict()}, "memory")

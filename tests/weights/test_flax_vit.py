@@ -21,7 +21,8 @@ def augreg(class_token=True) -> dict[str, np.ndarray]:
 
     def dense(name, *shape, bias=None):
         bias = array(*shape[1:] if bias is None else bias)
-        return {f"{name}/kernel": array(*shape) * (bias.size / np.prod(shape)) ** 0.5 / np.float32(0.3), f"{name}/bias": bias}
+        kernel = array(*shape) / np.float32(0.3 * (np.prod(shape) / bias.size) ** 0.5)
+        return {f"{name}/kernel": kernel, f"{name}/bias": bias}
 
     def norm(name):
         return {f"{name}/scale": 1 + array(WIDTH), f"{name}/bias": array(WIDTH)}
@@ -74,7 +75,7 @@ def test_parity(tmp_path, class_token, side):
     changes = {} if class_token else dict(class_token=False, global_pool="avg", fc_norm=False)
     reference = timms(arrays | {TABLE: table}, tmp_path / "a.npz", side, **changes)
     pixels = pixels_of(2, 1, side, side)
-    expected, blocks = block_outputs(reference.blocks, lambda: reference(normalised(pixels, pretrained)[:, 0]))
+    expected, blocks = block_outputs(reference.blocks, reference, normalised(pixels, pretrained)[:, 0])
     compare(ours(pretrained, pixels), blocks, logits=expected)
 
 
@@ -82,7 +83,7 @@ def test_timms_way_of_stretching(tmp_path):
     arrays = augreg()
     pretrained, pixels = read(arrays, position_resize="bilinear"), pixels_of(2, 1, 48, 48)
     reference = timms(arrays, tmp_path / "a.npz", 48)
-    expected, blocks = block_outputs(reference.blocks, lambda: reference(normalised(pixels, pretrained)[:, 0]))
+    expected, blocks = block_outputs(reference.blocks, reference, normalised(pixels, pretrained)[:, 0])
     compare(ours(pretrained, pixels), blocks, logits=expected)
 
 
@@ -109,7 +110,7 @@ def test_a_class_token_without_position(tmp_path):
     arrays = renamed(arrays | {TABLE: arrays[TABLE][:, 1:]}, "params/", **{TABLE: "pos_embedding"})
     pretrained, pixels = read(arrays), pixels_of(2, 1, 32, 32)
     reference = timms(arrays, tmp_path / "a.npz", no_embed_class=True)
-    expected, blocks = block_outputs(reference.blocks, lambda: reference(normalised(pixels, pretrained)[:, 0]))
+    expected, blocks = block_outputs(reference.blocks, reference, normalised(pixels, pretrained)[:, 0])
     compare(ours(pretrained, pixels), blocks, logits=expected)
 
 

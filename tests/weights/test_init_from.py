@@ -92,7 +92,8 @@ def test_everything_is_taken_over_and_the_average_where_there_is_one(tmp_path, e
     found, fresh, lines = load(tmp_path, config)
     assert found.keys() == fresh.keys() == old.keys()
     assert_same(found, old, old)
-    assert lines == [f"init_from={tmp_path} (step 7): {len(old)} parameters loaded"]
+    heads = "the classifier of actions, pictures, whose class names are the same"
+    assert lines == [f"init_from={tmp_path} (step 7): {len(old)} parameters loaded, with {heads}"]
 
 
 def test_the_tables_are_stretched(tmp_path):
@@ -319,8 +320,17 @@ def test_shapes_that_do_not_fit_are_all_listed(tmp_path):
         load(tmp_path, model_config(mlp_dim=16, variant="Ti/4"))
     lines = caught.value.lines
     expected = {f"blocks/{i}/mlp/{name}" for i in range(2) for name in ("fc1/kernel", "fc1/bias", "fc2/kernel")} | {"embed/proj/kernel"}
-    assert {line.split()[1] for line in lines} == expected
+    hint = "the model of those weights is --config.model.variant=Ti/8 --config.model.width=8 --config.model.depth=2 --config.model.heads=2"
+    assert lines[-1] == f"init_from={tmp_path}: {hint} --config.model.mlp_dim=12"
+    assert {line.split()[1] for line in lines[:-1]} == expected
     assert f"init_from={tmp_path}: embed/proj/kernel is [192, 8] there and [48, 8] here: use the model settings of those weights" in lines
+
+
+def test_another_number_of_heads_is_an_error_though_all_shapes_fit(tmp_path):
+    write_run(tmp_path, model_config())
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, model_config(heads=4))
+    assert caught.value.lines[0] == f"init_from={tmp_path}: its 8 channels are those of 2 attention heads, not 4"
 
 
 def test_a_new_class_token_has_no_position(tmp_path):

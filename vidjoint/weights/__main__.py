@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from vidjoint import config as config_module
+from vidjoint import validate
+from vidjoint.classifier import parse_step
 from vidjoint.config import base_config
 from vidjoint.data.labels import read_labels, unusable_names
-from vidjoint.errors import UserError, command
+from vidjoint.errors import UserError, command, printable
 from vidjoint.models.build import OF_WEIGHTS, build, count_parameters, spec_from_config
 from vidjoint.weights.export import TARGETS, to_hugging_face
 from vidjoint.weights.formats import FORMATS
 from vidjoint.weights.init_from import plan
-from vidjoint.weights.pretrained import Pretrained, adopt, open_weights, rename_task, swap_colours, write_folder
+from vidjoint.weights.pretrained import Pretrained, adopt, keep_task, open_weights, rename_task, swap_colours, write_folder
 from vidjoint.weights.translate import TASK
 
 DESCRIPTION = "Pretrained weights of other projects, in and out. Which file comes from where, and how each kind was checked: docs/weights.md."
@@ -68,9 +70,9 @@ def main(argv: list[str]) -> int:
     if args.bgr:
         weights = swap_colours(weights)
     if args.command == "inspect":
-        print("\n".join(describe(weights)))
+        print("\n".join(map(printable, describe(weights))))
         if args.config:
-            print("\n" + what_would_happen(weights, [f"--config={args.config}", *overrides]))
+            print("", *map(printable, what_would_happen(weights, [f"--config={args.config}", *overrides]).splitlines()), sep="\n")
         return 0
     return take_in(args, weights)
 
@@ -96,7 +98,7 @@ def take_in(args: argparse.Namespace, weights: Pretrained) -> int:
         raise UserError(*problems)
     weights = rename_task(weights, args.task) if args.task else weights
     write_folder(weights, args.out)
-    print("\n".join(describe(weights)))
+    print("\n".join(map(printable, describe(weights))))
     if weights.numbered:
         print("note: the file has no class names, so they are numbers; give --labels=FILE to name them")
     print(f"written to {args.out}: use it as --workdir, or as init_from")
@@ -105,12 +107,11 @@ def take_in(args: argparse.Namespace, weights: Pretrained) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Writes a model of ours, for ourselves or for others."""
-    step = args.step if args.step in (None, "best") else int(args.step) if args.step.isdecimal() else None
-    if args.step and step is None:
-        raise UserError(f"--step={args.step}: write the number of a checkpoint, or best")
-    weights = open_weights(args.workdir, step)
+    weights = open_weights(args.workdir, parse_step(args.step))
+    if args.task and args.task not in weights.labels:
+        raise UserError(f"--task={args.task}: there is no such task, choose one of {', '.join(weights.labels) or 'none'}")
     if args.format == "vidjoint":
-        write_folder(weights, args.out)
+        write_folder(keep_task(weights, args.task) if args.task else weights, args.out)
         print(f"written to {args.out}: use it as --workdir, or vidjoint.load({args.out!r})")
     else:
         name = to_hugging_face(weights, args.out, args.format, args.task)
@@ -138,7 +139,8 @@ def describe(weights: Pretrained) -> list[str]:
     lines.append("parameters")
     lines += [f"  {line}" for line in grouped(weights)]
     lines += [f"not used    {name}: {reason}" for name, reason in weights.ignored.items()]
-    return lines + [f"unknown     {name}" for name in weights.unexplained]
+    lines += [f"unknown     {name}" for name in weights.unexplained]
+    return lines + [f"note        {line}" for line in weights.notes]
 
 
 def grouped(weights: Pretrained) -> Iterable[str]:
@@ -158,12 +160,17 @@ def grouped(weights: Pretrained) -> Iterable[str]:
 
 
 def what_would_happen(weights: Pretrained, argv: list[str]) -> str:
-    """The table of what an experiment would take over. Classifiers are new in it: whether class names agree is known when the data is there."""
+    """The table of what an experiment would take over, without classifiers: whether class names agree is known when the data is there."""
     config, name = config_module.parse(argv)
     config = adopt(config, weights.config)
-    model = build(config.model, {task: max(settings.classes, 1) for task, settings in config.tasks.items()})
-    planned = plan(weights, model.abstract(), model.spec, {}, config.init_allow)
-    return f"{name} with init_from={weights.source}:\n{planned.table()}" + "".join(f"{line}\n" for line in planned.warnings)
+    if problems := validate.check_model(config):
+        raise UserError(*problems)
+    body = {key: value for key, value in weights.params.items() if not key.startswith("heads/")}
+    model = build(config.model, {})
+    planned = plan(dataclasses.replace(weights, params=body, labels={}), model.abstract(), model.spec, {}, config.init_allow)
+    old = f", or from {', '.join(weights.labels)} where the class names are the same" if weights.labels else ""
+    heads = "".join(f"new       heads/{task}{old}\n" for task in sorted(config.tasks))
+    return f"{name} with init_from={weights.source}:\n{planned.table()}{heads}" + "".join(f"{line}\n" for line in planned.warnings)
 
 
 def _settings(words: list[str]) -> dict[str, Any]:

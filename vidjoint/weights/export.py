@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from vidjoint.errors import UserError
-from vidjoint.metrics import write_whole
 from vidjoint.models.build import spec_from_config
 from vidjoint.models.spec import ViTSpec
-from vidjoint.weights.files import write_safetensors
+from vidjoint.weights.files import whole_folder, write_safetensors
 from vidjoint.weights.formats.dinov2 import HF_DINOV2, HF_DINOV2_REGISTERS
 from vidjoint.weights.formats.hf_vit import HF_VIT
 from vidjoint.weights.formats.timesformer import HF_TIMESFORMER
@@ -26,8 +25,8 @@ TARGETS = {  # --format -> the class that loads it, and its image processor
 
 
 def obstacles(spec: ViTSpec, target: str) -> list[str]:
-    """What a model has that the target's class cannot hold, one line each; [] if it can be exported."""
-    wanted: dict[str, Any] = {"embed": ("shared",), "pre_norm": ("none",), "class_token": (True,), "mixer_blocks": ((), tuple(range(spec.depth)))}
+    """What a model has that the target's class cannot hold, a few words each; [] if it can be exported."""
+    wanted: dict[str, Any] = {"embed": ("shared",), "pre_norm": ("none",), "class_token": (True,), "last_norm_eps": (0.0, spec.norm_eps)}
     if target == "hf_timesformer":
         wanted |= {"mixer": ("divided", "joint"), "pool": ("class_token",), "layer_scale": (0.0,), "registers": (0,)}
     elif target == "hf_vit":
@@ -37,6 +36,8 @@ def obstacles(spec: ViTSpec, target: str) -> list[str]:
     lines = [
         f"model.{key}={getattr(spec, key)}, not {' or '.join(map(str, values))}" for key, values in wanted.items() if getattr(spec, key) not in values
     ]
+    if spec.mixer != "none" and not all(map(spec.mixes, range(spec.depth))):
+        lines.append(f"model.mixer_blocks={spec.mixer_blocks}, not all blocks")
     if target.startswith("hf_dinov2"):
         lines += [] if spec.layer_scale else ["no LayerScale"]
         lines += [f"{spec.registers} registers"] if (spec.registers > 0) != target.endswith("registers") else []
@@ -46,9 +47,9 @@ def obstacles(spec: ViTSpec, target: str) -> list[str]:
 
 def choose_target(spec: ViTSpec, target: str) -> str:
     """The name in TARGETS: `target` itself, or for "hf" the first that can hold the model. Raises UserError if it cannot."""
-    found = {name: obstacles(spec, name) for name in (TARGETS if target == "hf" else [target])}
     if target != "hf" and target not in TARGETS:
         raise UserError(f"--format={target} is unknown: choose vidjoint, hf, {', '.join(TARGETS)}")
+    found = {name: obstacles(spec, name) for name in (TARGETS if target == "hf" else [target])}
     fitting = [name for name, lines in found.items() if not lines]
     if fitting:
         return fitting[0]
@@ -70,30 +71,30 @@ def to_hugging_face(weights: Pretrained, path: str | Path, target: str = "hf", t
     """
     spec, path = spec_from_config(weights.config.model), Path(path).expanduser()
     target = choose_target(spec, target)
+    if not weights.labels:
+        raise UserError(f"{weights.source} has no classifier, and {TARGETS[target][0]} is one: train one with --config.init_from={weights.source}")
     if not task and len(weights.labels) != 1:
         raise UserError(f"--task is missing: these weights have {len(weights.labels)} classifiers ({', '.join(weights.labels)}), and one goes along")
     task = task or next(iter(weights.labels))
     if task not in weights.labels:
-        raise UserError(f"there is no task {task!r}: choose one of {', '.join(weights.labels)}")
+        raise UserError(f"--task={task}: there is no such task, choose one of {', '.join(weights.labels)}")
     format = {known.name: known for known in (HF_VIT, HF_DINOV2, HF_DINOV2_REGISTERS, HF_TIMESFORMER)}[target]
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is there and not empty: give a new folder")
     body = {name: array for name, array in weights.params.items() if not name.startswith("heads/")}
     head = {f"heads/{TASK}/{part}": weights.params[f"heads/{task}/{part}"] for part in ("kernel", "bias")}
     arrays = back(
         format, body | head, Sizes(spec.heads, spec.patch), lambda name: name if name.startswith("classifier") else format.prefixes[0] + name
     )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_whole(path / "preprocessor_config.json", _text(_preprocessor(weights, spec, target)))
-        write_whole(path / "config.json", _text(_config(spec, format, weights.labels[task])))
-    except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror}): give another folder") from error
-    write_safetensors(path / "model.safetensors", arrays, {"format": "pt"})
+    with whole_folder(path) as part:
+        (part / "config.json").write_bytes(_text(_config(weights, spec, format, task)))
+        (part / "preprocessor_config.json").write_bytes(_text(_preprocessor(weights, spec, target, task)))
+        write_safetensors(part / "model.safetensors", arrays, {"format": "pt"})
     return TARGETS[target][0]
 
 
-def _config(spec: ViTSpec, format: Format, labels: tuple[str, ...]) -> dict[str, Any]:
+def _config(weights: Pretrained, spec: ViTSpec, format: Format, task: str) -> dict[str, Any]:
+    labels = weights.labels[task]
     config = {
         "architectures": [TARGETS[format.name][0]],
         "model_type": format.model_type,
@@ -111,6 +112,7 @@ def _config(spec: ViTSpec, format: Format, labels: tuple[str, ...]) -> dict[str,
         "torch_dtype": "float32",
         "id2label": {str(i): name for i, name in enumerate(labels)},
         "label2id": {name: i for i, name in enumerate(labels)},
+        "problem_type": "multi_label_classification" if weights.config.tasks[task].multilabel else "single_label_classification",
     }
     if format.name.startswith("hf_dinov2"):
         config |= {"mlp_ratio": spec.mlp_dim // spec.width, "use_swiglu_ffn": False, "use_mask_token": False, "drop_path_rate": 0.0}
@@ -121,17 +123,18 @@ def _config(spec: ViTSpec, format: Format, labels: tuple[str, ...]) -> dict[str,
     return config
 
 
-def _preprocessor(weights: Pretrained, spec: ViTSpec, target: str) -> dict[str, Any]:
-    """What the model expects of pictures. The short side is scaled to the input's own, as here in evaluation."""
-    size = {"height": spec.image_size, "width": spec.image_size}
+def _preprocessor(weights: Pretrained, spec: ViTSpec, target: str, task: str) -> dict[str, Any]:
+    """What the model expects of pictures, as here in evaluation: scaled until they just cover the input, of which the centre is cut out."""
+    size, whole = {"height": spec.image_size, "width": spec.image_size}, weights.config.tasks[task].crop == "none"
     interpolation = weights.config.model.interpolation or "bilinear"
     return {
         "image_processor_type": TARGETS[target][1],
         "do_resize": True,
-        "size": size if target == "hf_vit" else {"shortest_edge": spec.image_size},
+        "size": size if whole else {"shortest_edge": spec.image_size},
         "resample": next(number for number, name in PILLOW.items() if name == interpolation),
-        "do_center_crop": target != "hf_vit",
+        "do_center_crop": not whole,
         "crop_size": size,
+        "do_convert_rgb": True,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -3,10 +3,13 @@
 Sizes, offsets and shapes are compared with the file's real size before memory is taken; everything wrong with a file is one line that names it.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -132,19 +135,44 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Ma
         raise UserError(f"{path} cannot be written: {error}") from None
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty folder to write into, whose content comes to `path` when the block ends without an error; else nothing of it stays.
+
+    Raises:
+      UserError: that cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield part
+            path.mkdir(exist_ok=True)
+            for entry in sorted(part.iterdir()):
+                if (path / entry.name).is_dir():
+                    shutil.rmtree(path / entry.name)
+                os.replace(entry, path / entry.name)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror or error}): give another folder") from error
+
+
 def check_finite(arrays: Mapping[str, np.ndarray], where: str | Path = "the weights") -> None:
     """Raises UserError if a floating-point array holds NaN or infinity, with the names of the first such arrays.
 
     Args:
       where: what to call their file.
     """
-    bad = [name for name, array in arrays.items() if _is_float(array.dtype) and not np.isfinite(array).all()]
+    bad = [name for name, array in arrays.items() if is_float(array.dtype) and not np.isfinite(array).all()]
     if bad:
         first = ", ".join(shown(name) for name in bad[:3]) + (", ..." if len(bad) > 3 else "")
         raise UserError(f"{where}: {len(bad)} of {len(arrays)} arrays hold NaN or infinity: {first}: the file is damaged, or its training diverged")
 
 
-def _is_float(dtype: np.dtype) -> bool:
+def is_float(dtype: np.dtype) -> bool:
+    """Whether numbers of this type are floating-point numbers; NumPy counts bfloat16 as none."""
     return dtype.kind == "f" or dtype == BFLOAT16
 
 

@@ -55,7 +55,9 @@ class Plan:
         step = "" if self.weights.step is None else f" (step {self.weights.step})"
         start, kinds = f"init_from={self.weights.source}", {kind: [line.name for line in self.lines if line.kind == kind] for kind in KINDS}
         lines = [f"{len(names)} parameters {kind}{'' if kind == 'loaded' else ': ' + shortened(names)}" for kind, names in kinds.items() if names]
-        return [f"{start}{step}: {line}" for line in lines] + [f"{start}: {line}" for line in self.warnings]
+        if kept := sorted({name.split("/")[1] for name in kinds["loaded"] if name.startswith("heads/")}):
+            lines[0] += f", with the classifier of {', '.join(kept)}, whose class names are the same"
+        return [f"{start}{step}: {line}" for line in lines] + [f"{start}: {line}" for line in (*self.weights.notes, *self.warnings)]
 
     def table(self) -> str:
         """Every parameter with its shape, one line each, ordered by kind."""
@@ -95,6 +97,13 @@ def plan(weights: Pretrained, new: Mapping, spec: ViTSpec, labels: Mapping[str, 
         for name, (_, value) in found.items()
         if value.shape != new[name].shape
     ]
+    if old_spec.heads != spec.heads:  # shapes don't show it
+        problems.append(f"{start}: its {old_spec.width} channels are those of {old_spec.heads} attention heads, not {spec.heads}")
+    sizes = ("width", "depth", "heads", "mlp_dim", "patch")
+    if problems and any(getattr(spec, key) != getattr(old_spec, key) for key in sizes):
+        theirs = {key: weights.config.model[key] for key in ("variant", *sizes)}
+        model = " ".join(f"--config.model.{key}={value}" for key, value in theirs.items() if value)
+        problems.append(f"{start}: the model of those weights is {model}")
     heads = {name for name in old if name.startswith("heads/") and not any(value is old[name] for _, value in found.values())}
     kinds = {name: found[name][0] if name in found else "new" for name in new}
     unused = [name for name in old if name in heads or (name not in new and not name.startswith("heads/"))]

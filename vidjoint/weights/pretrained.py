@@ -13,13 +13,16 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from vidjoint import validate
 from vidjoint.checkpoints import load_params
 from vidjoint.config import base_config, task_config
+from vidjoint.data.labels import unusable_names
 from vidjoint.errors import UserError
 from vidjoint.models.build import OF_WEIGHTS, PRESETS, build
 from vidjoint.run_folder import RunFolder
-from vidjoint.weights.files import check_finite, find_weights, read_arrays, read_sidecars, write_safetensors
+from vidjoint.weights.files import check_finite, find_weights, is_float, read_arrays, read_sidecars, whole_folder, write_safetensors
 from vidjoint.weights.formats import FORMATS
+from vidjoint.weights.mapped import shown
 from vidjoint.weights.translate import NORMALISATION, TASK, Arrays, Format, Refused, translate
 
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}  # width -> heads of published ViTs (so400m, H, g, G) whose heads are not 64 wide
@@ -42,6 +45,7 @@ class Pretrained:
       made_from: name -> names in the file, or in words what it was made from, for a file of another project.
       ignored: name in the file -> why it is not needed.
       unexplained: names in the file of which nothing is known.
+      notes: what else there is to say of the file, a line each.
     """
 
     source: str
@@ -54,6 +58,7 @@ class Pretrained:
     made_from: dict[str, tuple[str, ...]] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     unexplained: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def open_weights(path: str | Path, step: int | str | None = None, format: str = "", changes: Mapping[str, Any] | None = None) -> Pretrained:
@@ -69,7 +74,9 @@ def open_weights(path: str | Path, step: int | str | None = None, format: str = 
     folder = RunFolder(Path(path).expanduser())
     if is_own(folder.path):
         if folder.weights.is_file():
-            step, params = None, read_arrays(folder.weights)
+            if step is not None:
+                raise UserError(f"{path} holds weights, not a run with checkpoints: leave out --step={step}")
+            return _own_weights(folder, str(path))
         else:
             step, stored = load_params(folder.path, step)
             params = flat(stored["params"]) | flat(stored["frozen"]) | flat(stored["ema"])
@@ -77,9 +84,26 @@ def open_weights(path: str | Path, step: int | str | None = None, format: str = 
     formats = {known.name: known for known in FORMATS}
     if format and format not in formats:
         raise UserError(f"--format={format} is unknown: choose one of {', '.join(formats)}")
-    arrays = read_arrays(find_weights(folder.path))
+    if step is not None:
+        raise UserError(f"{path} holds weights of another project, not a run with checkpoints: leave out --step={step}")
+    notes: list[str] = []
+    arrays = read_arrays(find_weights(folder.path), notes.append)
     check_finite(arrays, path)
-    return from_arrays(arrays, read_sidecars(folder.path), str(path), formats.get(format), changes)
+    return dataclasses.replace(from_arrays(arrays, read_sidecars(folder.path), str(path), formats.get(format), changes), notes=notes)
+
+
+def _own_weights(folder: RunFolder, source: str) -> Pretrained:
+    """Reads imported or exported weights. Raises UserError if they are damaged, or are not those of the model that config.json describes."""
+    arrays = read_arrays(folder.weights)
+    if strange := [name for name, array in arrays.items() if not is_float(array.dtype)]:
+        raise UserError(f"{folder.weights} holds {shown(strange[0])} as {arrays[strange[0]].dtype}, and parameters are floating-point numbers")
+    check_finite(arrays, folder.weights)
+    params = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    for line in validate.check_model(folder.config):
+        raise UserError(f"{folder.path / 'config.json'}: {line}")
+    weights = Pretrained(source, "vidjoint", params, folder.config, folder.labels)
+    check_shapes(weights)
+    return weights
 
 
 def is_own(path: Path) -> bool:
@@ -95,10 +119,14 @@ def is_own(path: Path) -> bool:
 def write_folder(weights: Pretrained, path: str | Path) -> None:
     """Writes weights as a self-contained folder: `config.json`, `labels/TASK.txt`, `weights.safetensors`. Raises UserError if that can't be done."""
     folder = RunFolder(Path(path).expanduser())
-    if folder.path.exists() and any(folder.path.iterdir()) and not folder.weights.is_file():
+    if folder.path.exists() and not folder.weights.is_file() and (not folder.path.is_dir() or any(folder.path.iterdir())):
         raise UserError(f"{folder.path} is there and holds other things than weights: give a new folder")
-    folder.write(weights.config, weights.labels)
-    write_safetensors(folder.weights, weights.params, {"source": weights.source, "format": "vidjoint"})
+    if problems := [f"{task}: {line}" for task, names in weights.labels.items() for line in unusable_names(names)]:
+        raise UserError(*problems)
+    with whole_folder(folder.path) as part:
+        written = RunFolder(part)
+        written.write(weights.config, weights.labels)
+        write_safetensors(written.weights, weights.params, {"source": weights.source, "format": "vidjoint"})
 
 
 def rename_task(weights: Pretrained, name: str) -> Pretrained:
@@ -115,6 +143,16 @@ def rename_task(weights: Pretrained, name: str) -> Pretrained:
 
     changes = dict(params=renamed(weights.params), made_from=renamed(weights.made_from), numbered=frozenset({name} if weights.numbered else ()))
     return dataclasses.replace(weights, config=config, labels={name: names}, **changes)
+
+
+def keep_task(weights: Pretrained, name: str) -> Pretrained:
+    """The same weights without the classifiers of other tasks."""
+    config = weights.config.copy_and_resolve_references()
+    config.task_order = ()
+    for task in set(config.tasks) - {name}:
+        del config.tasks[task]
+    params = {key: value for key, value in weights.params.items() if not key.startswith("heads/") or key.startswith(f"heads/{name}/")}
+    return dataclasses.replace(weights, config=config, labels={name: weights.labels[name]}, params=params)
 
 
 def adopt(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
@@ -165,6 +203,8 @@ def from_arrays(
         found = translate(format, arrays, config)
         settings = _sizes(found.params, config) | NORMALISATION[format.normalisation] | format.settings(found.theirs, found.params, config)
         settings |= _preprocessing(config, preprocessor)
+        base_config().model.update(settings)  # its types are right
+        names = _labels(config, found.params[f"heads/{TASK}/kernel"].shape[-1]) if f"heads/{TASK}/kernel" in found.params else ()
     except Refused as error:
         raise UserError(f"{source} looks like {format.what}, but {error}") from error
     except KeyError as error:
@@ -172,15 +212,15 @@ def from_arrays(
         raise UserError(f"{source} looks like {format.what}, but lacks {', '.join(_names_in_file(format.name, name)) or name}") from error
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{source} looks like {format.what}, but its arrays don't fit together ({type(error).__name__}: {error})") from error
-    settings |= changes or {}
     made = base_config()
     made.model.variant = _variant(settings)
-    made.model.update(settings)
+    made.model.update(settings | dict(changes or {}))
     made.model.dtype = "float32"
+    if problems := validate.check_model(made):
+        raise UserError(*(f"{source}: {line}" for line in problems))
     _shorten(made.model)
     labels, numbered = {}, frozenset()
     if (kernel := found.params.get(f"heads/{TASK}/kernel")) is not None:
-        names = _labels(config, kernel.shape[-1])
         labels, numbered = {TASK: names or tuple(map(str, range(kernel.shape[-1])))}, frozenset() if names else frozenset({TASK})
         made.tasks[TASK] = task_config(media="video" if format.video else "image", classes=kernel.shape[-1], flip=False)
     told = dict(made_from=found.made_from, ignored=found.ignored, unexplained=found.unexplained)
@@ -190,10 +230,10 @@ def from_arrays(
 
 
 def check_shapes(weights: Pretrained) -> None:
-    """Compares the parameters with those that a model of these settings has. Raises UserError with a line for each that is missing or does not fit."""
+    """Compares the parameters with those of a model of these settings. Raises UserError with a line for each that is missing or does not fit."""
     model = build(weights.config.model, {task: len(names) for task, names in weights.labels.items()})
-    if model.spec.width % model.spec.heads:
-        raise UserError(f"{weights.source}: {model.spec.heads} attention heads cannot share a width of {model.spec.width}")
+    if model.spec.image_size % model.spec.patch:
+        raise UserError(f"{weights.source}: pictures of {model.spec.image_size} pixels cannot be cut into patches of {model.spec.patch}")
     wanted = {name: tuple(x.shape) for name, x in flat(model.abstract()).items()}
     found = {name: x.shape for name, x in weights.params.items()}
     lines = []
@@ -237,8 +277,9 @@ def _sizes(params: Arrays, config: Mapping[str, Any]) -> dict[str, Any]:
     width, mlp_dim = params["blocks/0/mlp/fc1/kernel"].shape
     numbers = sorted({int(name.split("/")[1]) for name in params if name.startswith("blocks/")})
     depth = len(numbers)
-    if numbers[-1] != depth - 1 or depth != config.get("num_hidden_layers", depth):
-        raise ValueError(f"it has {depth} blocks, the last of which is number {numbers[-1]}, and {config.get('num_hidden_layers', depth)} are expected")
+    expected = config.get("num_hidden_layers", depth)
+    if numbers[-1] != depth - 1 or depth != expected:
+        raise ValueError(f"there are {depth} blocks, the last is number {numbers[-1]}, and its config.json expects {expected}")
     heads = int(config.get("num_attention_heads") or config.get("num_heads") or HEADS.get(width) or max(width // 64, 1))
     class_token = "embed/class_token" in params
     sizes = {"width": width, "depth": depth, "heads": heads, "mlp_dim": mlp_dim, "class_token": class_token}

@@ -11,4 +11,6 @@ from vidjoint.weights.formats.video_mae import VIDEO_MAE
 from vidjoint.weights.formats.vivit import VIVIT
 from vidjoint.weights.translate import Format
 
-FORMATS: tuple[Format, ...] = (HF_VIT, HF_TIMESFORMER, TIMESFORMER, TOKEN_SHIFT, VIDEO_MAE, VIVIT, HF_DINOV2, HF_DINOV2_REGISTERS, DINOV2, CLIP, TIMM_VIT, FLAX_VIT)
+IMAGES = (HF_VIT, HF_DINOV2, HF_DINOV2_REGISTERS, DINOV2, CLIP, TIMM_VIT, FLAX_VIT)
+VIDEOS = (HF_TIMESFORMER, TIMESFORMER, TOKEN_SHIFT, VIDEO_MAE, VIVIT)
+FORMATS: tuple[Format, ...] = IMAGES + VIDEOS

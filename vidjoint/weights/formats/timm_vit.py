@@ -1,7 +1,8 @@
 """timm's Vision Transformers: plain ones, without class token, with LayerScale (DeiT-III), with registers, with a norm before the blocks (CLIP).
 
 Official files of DeiT, DeiT-III, MAE and DINO have the same names. The arrays tell neither GELU nor epsilon; timm's config.json does, by the name of
-its architecture. Without it they are those of most of timm's models.
+its architecture, and some other things (heads that are not 64 wide, rotary positions, norms after attention and MLP). Without it they are taken to be
+as in most of timm's models.
 """
 
 import math
@@ -14,10 +15,11 @@ from vidjoint.weights.translate import CONV, GELU, NORMALISATION, TABLE, TASK, T
 BLOCK = {name: name.replace("/", ".") for name in ("norm1", "attn/qkv", "attn/proj", "norm2", "mlp/fc1", "mlp/fc2")}
 LAYER_SCALES = tuple(Rule(f"blocks/{{i}}/scale{n}/gamma", (f"blocks.{{i}}.ls{n}.gamma",), VECTOR) for n in (1, 2))
 SWIGLU = "part of a gated MLP (SwiGLU), which no model here has"
-# Architectures of timm whose GELU or number of heads is another than the arrays suggest
-TANH = r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip.*|vit_large_patch16_siglip.*512"
-HEADS = {r"vit_base_patch16_gap_224": 16, r"vit_giantopt_patch16_siglip.*": 16, r"test_vit2?": 2, r"test_vit[34]": 3}
-POST_NORM = r"vit_.*_rpn_.*|vit_relpos.*"
+# What an architecture's name tells and the arrays do not: activation, number of heads, and why no model here is like it
+SIGLIP_TANH = r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip.*|vit_large_patch16_siglip.*512"
+ACTIVATIONS = {r".*quickgelu.*": "quick_gelu", SIGLIP_TANH: "gelu_tanh", r".*": "gelu"}
+HEADS = {r"vit_base_patch16_gap_224": 16, r"vit_giantopt_patch16_siglip.*": 16, r"test_vit2?": 2, r".*": 0}
+UNLIKE = {r".*_rpn_.*": "norms come after attention and MLP", r".*_rope_.*|vit_s?relpos.*": "positions are rotary or relative", r".*": ""}
 
 
 def with_class_row(table: np.ndarray, lead: int, registers: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -30,6 +32,7 @@ def with_class_row(table: np.ndarray, lead: int, registers: np.ndarray | None = 
 
     Returns the table and the registers, to which their positions are added.
     """
+    table = np.asarray(table, np.float32)
     rows, count = table.shape[1], 0 if registers is None else registers.shape[1]
     if math.isqrt(rows) ** 2 == rows:
         return np.concatenate([np.zeros_like(table[:, :lead]), table], axis=1), registers
@@ -45,31 +48,36 @@ def prepare(theirs: dict, config: dict) -> dict:
         theirs["pos_embed"] = table
         if registers is not None:
             theirs["reg_token"] = registers
-    return theirs
+    pretraining = any(name.startswith("pre_logits.") for name in theirs)
+    return {name: array for name, array in theirs.items() if not (pretraining and name.startswith("head."))}
 
 
 def settings(theirs: Arrays, ours: Arrays, config: dict) -> dict:
-    architecture, args = str(config.get("architecture", "")), config.get("model_args", {})
+    architecture, args = str(config.get("architecture", "")).partition(".")[0], config.get("model_args", {})
+
+    def known(table):
+        return next(value for pattern, value in table.items() if re.fullmatch(pattern, architecture))
+
     width, hidden = ours["blocks/0/mlp/fc1/kernel"].shape
     if ours["blocks/0/mlp/fc2/kernel"].shape[0] * 2 == hidden:
         raise Refused(f"has blocks.0.mlp.fc1 {[hidden, width]}, {SWIGLU}")
-    if re.fullmatch(POST_NORM, architecture):
-        raise Refused(f"is a {architecture}, whose norms come after attention and MLP, or whose positions are relative: no model here is so")
+    if known(UNLIKE):
+        raise Refused(f"is a {architecture}, whose {known(UNLIKE)}: no model here is so")
     clip = "norm_pre.weight" in theirs
-    activation = args.get("act_layer") or ("quick_gelu" if "quickgelu" in architecture else "gelu_tanh" if re.fullmatch(TANH, architecture) else "gelu")
-    made = {"gelu": GELU[activation], "norm_eps": 1e-5 if clip else 1e-6, "position_resize": "bicubic_antialias", "interpolation": "bicubic"}
+    made = NORMALISATION["clip"] | {"norm_eps": 1e-5} if clip else {"norm_eps": 1e-6}
+    made |= {"gelu": GELU[args.get("act_layer") or known(ACTIVATIONS)], "position_resize": "bicubic_antialias", "interpolation": "bicubic"}
     made["pool"] = _pool(theirs, config.get("global_pool") or args.get("global_pool"), bool(args.get("pool_include_prefix")))
-    if heads := args.get("num_heads") or next((heads for name, heads in HEADS.items() if re.fullmatch(name, architecture)), 0):
+    if heads := args.get("num_heads") or known(HEADS):
         made["heads"] = int(heads)
-    return made | (NORMALISATION["clip"] if clip else {})
+    return made
 
 
 def _pool(theirs: Arrays, how: str | None, all_tokens: bool) -> str:
-    """timm's `global_pool`, which is guessed where it is not known: without a class token, or with a norm of its own (`fc_norm`), patches are averaged."""
+    """timm's `global_pool`; where it is not known, patches are averaged if there is no class token, or a norm for that (`fc_norm`)."""
     normed = "fc_norm.weight" in theirs
     how = how or ("token" if "cls_token" in theirs and not normed else "avg")
     if how not in ("token", "avg") or (how == "avg" and all_tokens):
-        raise Refused(f"pools by {how}{' of all tokens' * all_tokens}, which no model here does: it can be the class token or the mean of the patches")
+        raise Refused(f"pools by {how}{' of all tokens' * all_tokens}: here it can be the class token or the mean of the patches")
     return "class_token" if how == "token" else "patch_mean" if normed else "average"
 
 
@@ -79,7 +87,11 @@ TIMM_VIT = Format(
     prefixes=("module.", "model."),
     renames=((r"\.gamma_([12])$", r".ls\1.gamma"),),  # DeiT-III's own files
     marks=(r"patch_embed\.(proj|backbone)\..*", r"blocks\.0\.(norm1|in_norm|attns\.0\.norm)\.weight", r"blocks\.0\.(attn|attns|in_proj)\..*"),
-    unmarks=(r"mask_token", r"register_tokens", r"time_embed", r"blocks\.0\.temporal_.*"),
+    unmarks=(  # of DINOv2's own code, of TimeSformer, of CaiT and XCiT
+        r"mask_token|register_tokens",
+        r"time_embed|blocks\.0\.temporal_.*",
+        r"(blocks_token_only|cls_attn_blocks)\..*",
+    ),
     axes={"patch_embed.proj.weight": 4},
     rules=(
         Rule("embed/class_token", ("cls_token",), TOKEN),
@@ -92,7 +104,10 @@ TIMM_VIT = Format(
         *block_rules("", "", {"norm": "fc_norm"}),
         *block_rules("heads/", "", {TASK: "head"}),
     ),
-    ignored={r"pre_logits\..*": "a layer that timm leaves out too"},
+    ignored={
+        r"pre_logits\..*": "a layer of the pretraining between features and head; the features here are those before it",
+        r"head\..*": "reads a layer of the pretraining that is left out here",
+    },
     refused={
         r"dist_token|head_dist\..*": "a distillation token (DeiT), for which no model here has a place",
         r"blocks\.\d+\.attn\.[qk]_norm\..*": "a norm of queries or keys (qk_norm), which no model here has",
@@ -100,9 +115,9 @@ TIMM_VIT = Format(
         r"blocks\.\d+\.mlp\.(w1|w2|w3|w12|fc1_g|fc1_x)\..*": SWIGLU,
         r"attn_pool\..*": "part of attention pooling (a MAP head), which no model here has",
         r"patch_embed\.(backbone|norm)\..*": "a network or norm of the patch embedding (hybrid), which no model here has",
-        r"blocks\.\d+\.(in_norm|in_proj|mlp_bias|attns\..*|ffns\..*)(\..*)?": "part of blocks with attention and MLP in parallel, which no model here has",
+        r"blocks\.\d+\.(in_norm|in_proj|mlp_bias|attns\..*|ffns\..*)(\..*)?": "part of attention and MLP in parallel, which no model here has",
         r"blocks\.\d+\.attn\.(lambda_.*|sub_norm\..*)": "part of differential attention, which no model here has",
-        r"blocks\.\d+\.attn\.([qkv]_bias|rel.*)|rel_pos.*|rope.*": "part of a model with relative or rotary positions, or with separate biases (BEiT, EVA)",
+        r"blocks\.\d+\.attn\.([qkv]_bias|rel.*)|rel_pos.*|rope.*": "part of a model with relative or rotary positions (BEiT, EVA)",
     },
     prepare=prepare,
     settings=settings,
