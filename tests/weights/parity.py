@@ -1,6 +1,9 @@
 """What the parity tests share: a reference model's parameters as arrays, ours built from them, and both compared block by block."""
 
+import importlib
+import importlib.util
 import re
+import sys
 import warnings
 
 import jax
@@ -13,15 +16,32 @@ from vidjoint.models.build import build
 from vidjoint.weights.pretrained import Pretrained, from_arrays
 
 ATOL = 1e-5
+declared: list = []  # operators live as long as what declared them
 
 
 def library(name: str):
     """Imports an optional library, or skips the test and says so."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = pytest.importorskip(name, reason=f"{name} is not installed: pip install 'vidjoint[parity]'")
         pytest.importorskip("torch", reason="torch is not installed: pip install 'vidjoint[parity]'").set_num_threads(1)
-    return module
+        if importlib.util.find_spec("torchvision"):
+            _import_torchvision()
+        return pytest.importorskip(name, reason=f"{name} is not installed: pip install 'vidjoint[parity]'")
+
+
+def _import_torchvision() -> None:
+    """timm needs the Python half of torchvision alone. That imports beside a torch for CPUs too, if its compiled operators are declared."""
+    import torch
+
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for module in [module for module in sys.modules if module.partition(".")[0] == "torchvision"]:
+            del sys.modules[module]
+        declared.append(torch.library.Library("torchvision", "DEF"))
+        for operator in ("nms", "qnms"):
+            declared[0].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
 
 
 def randomise(module, seed: int = 0, scale: float = 0.3) -> None:

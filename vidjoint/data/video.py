@@ -33,6 +33,7 @@ Image.init()
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}  # of pictures; FFmpeg has them under the same names
 IMAGE_FORMATS = [name for name in ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000") if name in Image.OPEN]
 EXIF_ORIENTATION = 0x0112
+SIDEWAYS = (5, 6, 7, 8)  # orientations in which width and height change places
 UPRIGHT = {  # EXIF orientation -> what brings the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -123,6 +124,33 @@ class Video:
                 clip[i] = clip[row] if self._current is done else self._picture(geometry, interpolation)
                 done, row = self._current, i
         return clip
+
+    @property
+    def time_base(self) -> Fraction:
+        """Seconds in a tick of the file's time stamps."""
+        return self._stream.time_base
+
+    def frames(self, height: int, width: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Plays the whole video: yields (ticks, picture) of each frame that is ever shown, from ticks 0 on, rising.
+
+        A frame is shown from its own ticks to the next one's. Pictures are upright, yuv420p, of height x width pixels, both even (bicubic), with the
+        colour space and range of the file.
+
+        Raises:
+          DecodeError: a frame can't be decoded.
+        """
+        with _one_line_reasons():
+            self._start(self._stream_index)
+            ticks = 0
+            while self._current is not None:
+                position = self._next()
+                if position is None and self._damage:
+                    raise DecodeError(f"damaged after {float(ticks * self._stream.time_base):.2f} s: {self._damage}")
+                after = None if position is None else max(ticks, position[0] - self._first_pts)
+                if after != ticks:  # else the next frame takes its place at once
+                    yield ticks, self._yuv(height, width)
+                self._current, ticks = position, after
+            self._start(self._stream_index)
 
     # Opening
 
@@ -316,6 +344,37 @@ class Video:
         return picture[:, ::-1] if geometry.flip else picture
 
 
+    def _yuv(self, height: int, width: int) -> av.VideoFrame:
+        """The current frame, whole and upright, as yuv420p."""
+        frame = self._current[1]
+        turned = _is_transposed(self._matrix)
+        # YUV keeps its colour space; from RGB (colour space 0) it is made as read() takes it where a file doesn't say: BT.601, limited range
+        colours = {"dst_colorspace": "itu601", "dst_color_range": "MPEG"} if frame.colorspace == 0 or frame.format.is_rgb else {}
+        size = {"height": width, "width": height} if turned else {"height": height, "width": width}
+        small = self._resizer.reformat(frame, format="yuv420p", interpolation="BICUBIC", threads=1, **size, **colours)
+        if not (turned or self._matrix[0] < 0 or self._matrix[3] < 0):
+            return small
+        rows, columns = size["height"], size["width"]
+        planes = small.to_ndarray().reshape(-1)
+        luma, chroma = planes[: rows * columns].reshape(rows, columns), planes[rows * columns :].reshape(2, rows // 2, columns // 2)
+        upright = [_upright(plane, self._matrix).ravel() for plane in (luma, *chroma)]
+        picture = av.VideoFrame.from_ndarray(np.concatenate(upright).reshape(height * 3 // 2, width), format="yuv420p")
+        picture.colorspace, picture.color_range = small.colorspace, small.color_range
+        picture.color_primaries, picture.color_trc = small.color_primaries, small.color_trc
+        return picture
+
+
+def describe_image(file: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, bool, int, int]:
+    """Returns a picture's format (JPEG, PNG, ..), whether it stands upright as it is stored, and its upright width and height in pixels.
+
+    Raises:
+      DecodeError: it is no picture, or has more than `max_pixels` pixels.
+    """
+    with _open_image(file, max_pixels) as (image, orientation):
+        size = image.size[::-1] if orientation in SIDEWAYS else image.size
+        return image.format, orientation not in UPRIGHT, *size
+
+
 def read_image(
     file: str | Path | bytes, choose: Callable[[int, int], Geometry], max_pixels: int = MAX_PIXELS, interpolation: str = "bilinear"
 ) -> np.ndarray:
@@ -329,15 +388,8 @@ def read_image(
     Raises:
       DecodeError: it is no picture, or damaged, or has more than `max_pixels` pixels (refused before decoding).
     """
-    with contextlib.ExitStack() as opened:
-        with _one_line_reasons():
-            image = opened.enter_context(Image.open(opened.enter_context(_open_file(file)), formats=IMAGE_FORMATS))
-            if image.width * image.height > max_pixels:
-                raise DecodeError(f"its {image.width} x {image.height} pixels are more than the {max_pixels} allowed (data.max_pixels)")
-            orientation = 1
-            with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse the picture
-                orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-        sideways = orientation in (5, 6, 7, 8)
+    with _open_image(file, max_pixels) as (image, orientation):
+        sideways = orientation in SIDEWAYS
         geometry = choose(*(image.size if sideways else image.size[::-1]))
         height, width = geometry.resize
         with _one_line_reasons():
@@ -355,6 +407,20 @@ def read_image(
 
 
 # Files
+
+
+@contextlib.contextmanager
+def _open_image(file: str | Path | bytes, max_pixels: int) -> Iterator[tuple[Image.Image, int]]:
+    """A picture whose pixels have not been decoded yet, and its EXIF orientation."""
+    with contextlib.ExitStack() as opened:
+        with _one_line_reasons():
+            image = opened.enter_context(Image.open(opened.enter_context(_open_file(file)), formats=IMAGE_FORMATS))
+            if image.width * image.height > max_pixels:
+                raise DecodeError(f"its {image.width} x {image.height} pixels are more than the {max_pixels} allowed (data.max_pixels)")
+            orientation = 1
+            with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse the picture
+                orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        yield image, orientation
 
 
 def _open_file(file: str | Path | bytes) -> io.IOBase:
@@ -434,7 +500,7 @@ def _is_transposed(matrix: tuple[int, int, int, int]) -> bool:
 
 
 def _upright(picture: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """Turns and mirrors [H, W, 3] by the nearest of the eight right-angled cases; returns a view."""
+    """Turns and mirrors [H, W] or [H, W, 3] by the nearest of the eight right-angled cases; returns a view."""
     a, b, c, d = matrix
     if _is_transposed(matrix):
         picture, mirrored, upside_down = picture.swapaxes(0, 1), c < 0, b < 0

@@ -155,6 +155,16 @@ def keep_task(weights: Pretrained, name: str) -> Pretrained:
     return dataclasses.replace(weights, config=config, labels={name: weights.labels[name]}, params=params)
 
 
+def keep_task(weights: Pretrained, name: str) -> Pretrained:
+    """The same weights without the classifiers of other tasks."""
+    config = weights.config.copy_and_resolve_references()
+    config.task_order = ()
+    for task in set(config.tasks) - {name}:
+        del config.tasks[task]
+    params = {key: value for key, value in weights.params.items() if not key.startswith("heads/") or key.startswith(f"heads/{name}/")}
+    return dataclasses.replace(weights, config=config, labels={name: weights.labels[name]}, params=params)
+
+
 def adopt(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
     """A copy of `config` in which model settings that pretrained weights decide (OF_WEIGHTS) are those of `stored`, unless they are set."""
     config = config.copy_and_resolve_references()
