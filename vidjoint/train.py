@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -125,6 +126,13 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     mixture = Mixture(config, tasks, total_steps, process=jax.process_index(), processes=jax.process_count(), row_multiple=shards)
 
+    abstract, init, train_step = sharded_step(config, model, optimizer, mesh)
+    return Setup(config, tasks, mesh, mixture, model, total_steps, schedule, start, abstract, init, train_step)
+
+
+def sharded_step(config: ConfigDict, model: Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> tuple:
+    """Returns (abstract_state, init, train_step) of a run on this mesh, as `Setup` has them. The mesh's devices need not be there."""
+
     def fresh(key: jax.Array) -> step.TrainState:
         return step.init_state(config, model.init(key), optimizer)
 
@@ -138,8 +146,7 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
         out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
-    init = jax.jit(fresh, out_shardings=shardings)
-    return Setup(config, tasks, mesh, mixture, model, total_steps, schedule, start, abstract, init, train_step)
+    return abstract, jax.jit(fresh, out_shardings=shardings), train_step
 
 
 def open_devices(config: ConfigDict) -> jax.sharding.Mesh:

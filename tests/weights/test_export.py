@@ -12,6 +12,7 @@ from tests.weights import small
 from tests.weights.parity import ATOL, library, pixels_of, randomise, saved
 from vidjoint.errors import UserError
 from vidjoint.models.build import OF_WEIGHTS, spec_from_config
+from vidjoint.sharding import make_mesh
 from vidjoint.train import train
 from vidjoint.weights.__main__ import main
 from vidjoint.weights.export import TARGETS, obstacles
@@ -25,6 +26,12 @@ KINDS = {  # kind -> target, config's class, settings, changes to a new run's mo
     "divided": ("hf_timesformer", "TimesformerConfig", small.SIZES | dict(num_frames=2), dict(mixer="divided")),
     "joint": ("hf_timesformer", "TimesformerConfig", small.SIZES | dict(num_frames=2, attention_type="joint_space_time"), dict(mixer="joint")),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Training on eight devices would compile for longer, and is tested elsewhere."""
+    monkeypatch.setattr("vidjoint.train.open_devices", lambda config: make_mesh(config.mesh, jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """Videos and pictures written anew, small and fast to seek in: what `vidjoint.pack` stores. The same file and settings give the same bytes."""
 
 import io
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 from fractions import Fraction
 
 import av
-import numpy as np
+from av.video.frame import PictureType
 from PIL import Image
 
 from vidjoint.data.transforms import Geometry
@@ -42,7 +42,7 @@ def encode_video(file: str | bytes, how: Encoding) -> bytes:
         buffer = io.BytesIO()
         frames = video.frames(height, width)
         per_second = min(FINEST_TICK, video.time_base.denominator)
-        first = next(frames)[1]
+        ticks, first = next(frames)
         with av.open(buffer, "w", format="mp4") as out:
             stream = out.add_stream("libx264", rate=Fraction(min(max(info.fps, 1.0), 240.0)).limit_denominator(1001))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -54,13 +54,13 @@ def encode_video(file: str | bytes, how: Encoding) -> bytes:
             # mbtree: see demo.write_video; without it x264 writes the same bytes every time.
             context.options = {"preset": how.preset, "crf": str(how.crf), "x264-params": "mbtree=0"}
             count, start, waiting = 0, -1, None
-            for ticks, picture in video.frames(height, width):
+            for ticks, picture in itertools.chain([(ticks, first)], frames):
                 moment = round(ticks * video.time_base * per_second)
                 if moment <= start:
                     continue  # shown for less than a tick
                 start, count = moment, count + 1
                 picture.pts, picture.time_base = start, Fraction(1, per_second)
-                picture.pict_type = "NONE"  # else x264 would make keyframes where the original has them
+                picture.pict_type = PictureType.NONE  # else x264 would make keyframes where the original has them
                 waiting = _write(out, stream.encode(picture), waiting)
             waiting = _write(out, stream.encode(None), waiting)
             end = round(info.duration * per_second)

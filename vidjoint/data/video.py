@@ -150,7 +150,6 @@ class Video:
                 if after != ticks:  # else the next frame takes its place at once
                     yield ticks, self._yuv(height, width)
                 self._current, ticks = position, after
-            self._start(self._stream_index)
 
     # Opening
 

@@ -22,7 +22,7 @@ from vidjoint.errors import UserError, command, printable
 from vidjoint.models.build import OF_WEIGHTS, build, count_parameters, spec_from_config
 from vidjoint.weights.export import TARGETS, to_hugging_face
 from vidjoint.weights.formats import FORMATS
-from vidjoint.weights.init_from import plan
+from vidjoint.weights.init_from import plan, starred
 from vidjoint.weights.pretrained import Pretrained, adopt, keep_task, open_weights, rename_task, swap_colours, write_folder
 from vidjoint.weights.translate import TASK
 
@@ -147,7 +147,7 @@ def grouped(weights: Pretrained) -> Iterable[str]:
     """A line per parameter, those of all blocks in one: name, shape, names in the file."""
     rows: dict[tuple, int] = {}
     for name, array in weights.params.items():
-        star = re.sub(r"/\d+(?=/)", "/*", name)
+        star = starred(name)
         number = re.search(r"/(\d+)/", name)
         theirs = weights.made_from.get(name)
         sources = tuple(re.sub(rf"(?<=[._/]){number[1]}(?=[._/])", "*", source, count=1) if number else source for source in theirs or ())

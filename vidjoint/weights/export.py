@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vidjoint.errors import UserError
 from vidjoint.models.build import spec_from_config
 from vidjoint.models.spec import ViTSpec
@@ -86,6 +88,8 @@ def to_hugging_face(weights: Pretrained, path: str | Path, target: str = "hf", t
     arrays = back(
         format, body | head, Sizes(spec.heads, spec.patch), lambda name: name if name.startswith("classifier") else format.prefixes[0] + name
     )
+    if target.startswith("hf_dinov2"):
+        arrays[f"{format.prefixes[0]}embeddings.mask_token"] = np.zeros((1, spec.width), np.float32)  # the classes have one, for pretraining
     with whole_folder(path) as part:
         (part / "config.json").write_bytes(_text(_config(weights, spec, format, task)))
         (part / "preprocessor_config.json").write_bytes(_text(_preprocessor(weights, spec, target, task)))
@@ -107,19 +111,17 @@ def _config(weights: Pretrained, spec: ViTSpec, format: Format, task: str) -> di
         "patch_size": spec.patch,
         "num_channels": 3,
         "qkv_bias": True,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
         "torch_dtype": "float32",
         "id2label": {str(i): name for i, name in enumerate(labels)},
         "label2id": {name: i for i, name in enumerate(labels)},
         "problem_type": "multi_label_classification" if weights.config.tasks[task].multilabel else "single_label_classification",
     }
     if format.name.startswith("hf_dinov2"):
-        config |= {"mlp_ratio": spec.mlp_dim // spec.width, "use_swiglu_ffn": False, "use_mask_token": False, "drop_path_rate": 0.0}
+        config |= {"mlp_ratio": spec.mlp_dim // spec.width, "use_swiglu_ffn": False}
         return config | ({"num_register_tokens": spec.registers} if spec.registers else {})
     config["intermediate_size"] = spec.mlp_dim
     if format is HF_TIMESFORMER:
-        config |= {"num_frames": spec.frames, "attention_type": ATTENTION[spec.mixer], "drop_path_rate": 0.0}
+        config |= {"num_frames": spec.frames, "attention_type": ATTENTION[spec.mixer]}
     return config
 
 

@@ -92,11 +92,12 @@ def plan(weights: Pretrained, new: Mapping, spec: ViTSpec, labels: Mapping[str, 
     found |= _inflated(found, old_spec, spec)
     found |= _copied(found, spec, new)
 
-    problems = [
-        f"{start}: {name} is {list(old.get(name, value).shape)} there and {list(new[name].shape)} here: use the model settings of those weights"
+    misfits = {  # those of all blocks in one line
+        f"{start}: {starred(name)} is {list(old.get(name, value).shape)} there and {list(new[name].shape)} here: use the model settings of those weights"
         for name, (_, value) in found.items()
         if value.shape != new[name].shape
-    ]
+    }
+    problems = sorted(misfits)
     if old_spec.heads != spec.heads:  # shapes don't show it
         problems.append(f"{start}: its {old_spec.width} channels are those of {old_spec.heads} attention heads, not {spec.heads}")
     sizes = ("width", "depth", "heads", "mlp_dim", "patch")
@@ -134,10 +135,15 @@ def plan(weights: Pretrained, new: Mapping, spec: ViTSpec, labels: Mapping[str, 
 def shortened(names: list[str]) -> str:
     """Parameters as one line: a star for the numbers of blocks, one entry per module, as in `blocks/*/norm1/{bias,scale}, embed/time`."""
     modules = {}
-    for name in sorted(re.sub(r"/\d+(?=/)", "/*", name) for name in names):
+    for name in sorted(map(starred, names)):
         module, _, last = name.rpartition("/")
         modules.setdefault(module, {})[last] = None
     return ", ".join(f"{module}/{next(iter(last)) if len(last) == 1 else '{' + ','.join(last) + '}'}" for module, last in modules.items())
+
+
+def starred(name: str) -> str:
+    """A parameter's name with a star for the number of its block."""
+    return re.sub(r"/\d+(?=/)", "/*", name)
 
 
 def _heads(weights: Pretrained, new: Mapping, labels: Mapping[str, tuple[str, ...]]) -> Found:

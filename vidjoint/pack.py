@@ -1,0 +1,418 @@
+"""Packs videos or pictures into ArrayRecord shards that are fast to read, also from afar: a TFDS data set, read by source=packed. Originals stay.
+
+python -m vidjoint.pack train.csv OUT --val=val.csv --root=videos    # then: task_config(source="packed", train="OUT", val="OUT")
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from vidjoint.check_data import decode, printable
+from vidjoint.config import task_config
+from vidjoint.data.encode import Encoding, content_of, encode_image, encode_video
+from vidjoint.data.files import some
+from vidjoint.data.packed import FORMAT, MANIFEST, PackedRecords, end_of, find_records, is_url, open_manifest, open_packed
+from vidjoint.data.records import Source
+from vidjoint.data.sources import open_source
+from vidjoint.data.video import DecodeError, Video, describe_image
+from vidjoint.errors import UserError, command
+
+NAME = "packed"  # of the TFDS data set
+SHARD_SIZE = {"video": 512, "image": 8192}  # examples: some 100 to 300 MB
+SOURCES = ("csv", "folder", "smarthome", "demo")
+PARTS = "parts"  # folder for what is known of each shard
+UNFINISHED = ".unfinished-"  # begins the names of files that are being written
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One split: which example lands in which shard depends on the list and on `shard_size` alone."""
+
+    split: str
+    source: Source
+    names: list[str]  # paths of the originals, from the folder that holds them all
+    origin: str  # that folder
+    shard_size: int
+
+    @property
+    def shards(self) -> list[str]:
+        count = -(-len(self.source) // self.shard_size)
+        return [f"{NAME}-{self.split}.array_record-{i:05d}-of-{count:05d}" for i in range(count)]
+
+    def rows(self, shard: int) -> range:
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.source)))
+
+    @property
+    def hash(self) -> str:
+        """Tells lists apart: paths, labels, their order."""
+        digest = hashlib.sha256("\0".join(self.names).encode("utf-8", "surrogateescape"))
+        digest.update(np.ascontiguousarray(self.source.records.targets, np.int32).tobytes())
+        return digest.hexdigest()
+
+
+@command
+def main(argv: list[str]) -> int:
+    """Runs the command. Returns the exit status: 0 all is packed, 1 some files are bad and left out (0 with --allow_bad)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vidjoint.pack",
+        description="Writes videos (H.264, short side and groups of pictures small) or pictures (JPEG) into ArrayRecord shards, as a TFDS data set "
+        "that source=packed reads, on disk or by URL. Originals stay as they are. Killed at any time, the same command goes on.",
+        epilog="Exit status: 0 if all is packed, 1 if files are bad and were left out (0 with --allow_bad), 2 if the command can't be run.",
+    )
+    parser.add_argument("data", help="the training set, as a task's `train`: a list of files, a folder with one folder per class, or a zip of that")
+    parser.add_argument("out", help="folder to write; one that an earlier run of the same command has begun is finished")
+    parser.add_argument("--val", default="", help="the validation set, packed beside the training set (the same kinds)")
+    parser.add_argument("--source", choices=SOURCES, help="what data is (default: folder for a folder or zip, else csv)")
+    parser.add_argument("--media", choices=sorted(SHARD_SIZE), default="video", help="what the files are (default: %(default)s)")
+    parser.add_argument("--root", default="", help="folder that the paths in lists start from (default: each list's own folder)")
+    parser.add_argument("--labels", default="", help="file with one class name per line, or the data set's own (default: from the data)")
+    parser.add_argument("--multilabel", action="store_true", help="files have any number of labels: `path,label|label`, or several lines")
+    default = Encoding()
+    parser.add_argument("--short_side", type=int, default=default.short_side, help="larger pictures shrink to this, in pixels (default: %(default)s)")
+    parser.add_argument("--gop", type=int, default=default.gop, help="frames from keyframe to keyframe; small seeks fast (default: %(default)s)")
+    parser.add_argument("--crf", type=int, default=default.crf, help="H.264's quality: 0 to 51, lower is better and larger (default: %(default)s)")
+    parser.add_argument("--preset", default=default.preset, help="H.264's effort (default: %(default)s)")
+    parser.add_argument("--quality", type=int, default=default.quality, help="of JPEG, 1 to 100 (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="copy files as they are, byte for byte")
+    parser.add_argument("--shard_size", type=int, default=0, help=f"examples per shard (default: {SHARD_SIZE})")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="files encoded at a time (default: %(default)s, one per core)")
+    parser.add_argument("--allow_bad", action="store_true", help="exit with 0 even if some files are bad")
+    args = parser.parse_args(argv)
+    check(args)
+    out, start = Path(args.out).expanduser(), time.perf_counter()
+    how = Encoding(args.short_side, args.gop, args.crf, args.preset, args.quality)
+    plans = [make_plan(args, split) for split in (("train", "val") if args.val else ("train",))]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with alone_in(out):
+            manifest = begin(out, args, how, plans)
+            with ThreadPoolExecutor(args.workers) as pool:
+                for plan in plans:
+                    write_split(out, plan, args.media, None if args.keep else how, pool, args.workers)
+                    finish_split(out, plan, manifest)
+                write_tfds(out, manifest)
+                for plan in plans:
+                    verify(out, plan, manifest, pool)
+                    manifest["splits"][plan.split]["finished"] = True
+            write_atomically(out / MANIFEST, as_json(manifest))
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
+    bad = sum(len(manifest["splits"][plan.split]["bad"]) for plan in plans)
+    print(printable(as_text(manifest, time.perf_counter() - start)))
+    return 1 if bad and not args.allow_bad else 0
+
+
+def check(args: argparse.Namespace) -> None:
+    problems = [f"--{name} must be at least 1" for name in ("short_side", "gop", "workers") if getattr(args, name) < 1]
+    problems += ["--shard_size must not be negative"] * (args.shard_size < 0)
+    problems += ["--crf must be 0 to 51"] * (not 0 <= args.crf <= 51) + ["--quality must be 1 to 100"] * (not 1 <= args.quality <= 100)
+    presets = "ultrafast superfast veryfast faster fast medium slow slower veryslow placebo".split()
+    problems += [f"--preset={args.preset} is unknown: choose one of {', '.join(presets)}"] * (args.preset not in presets)
+    problems += [f"{args.out}: pack into a local folder, then copy that to where it is to be read"] * is_url(args.out)
+    if problems:
+        raise UserError(*problems)
+
+
+def make_plan(args: argparse.Namespace, split: str) -> Plan:
+    path = Path(args.data).expanduser()
+    kind = args.source or ("folder" if path.is_dir() or path.suffix.lower() == ".zip" else "csv")
+    settings = {"train": args.data, "val": args.val, "root": args.root, "labels": args.labels, "multilabel": args.multilabel}
+    source = open_source("pack", task_config(source=kind, media=args.media, **settings), split, "")
+    names = [source.name(i) for i in range(len(source))]
+    origin = os.path.commonpath([os.path.dirname(name) for name in names])
+    return Plan(split, source, [os.path.relpath(name, origin or ".") for name in names], origin, args.shard_size or SHARD_SIZE[args.media])
+
+
+# What is in the folder
+
+
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Sees to it that no other run writes here, and that none has left half a file."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run of vidjoint.pack is writing to {out}: wait for it, or name another folder") from None
+        except OSError:  # a file system without locks
+            pass
+        for leftover in (*out.glob(f"{UNFINISHED}*"), *out.glob(f"{PARTS}/{UNFINISHED}*")):
+            leftover.unlink()
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def begin(out: Path, args: argparse.Namespace, how: Encoding, plans: list[Plan]) -> dict:
+    """Starts the manifest, or takes up that of an earlier run of the same command.
+
+    Raises:
+      UserError: the folder holds something else, or the list or the settings have changed since.
+    """
+    source = plans[0].source
+    videos, pictures = ("short_side", "gop", "crf", "preset", "max_pixels"), ("short_side", "quality", "max_pixels")
+    settings = {key: value for key, value in asdict(how).items() if key in (videos if args.media == "video" else pictures)}
+    settings = {"keep": True} if args.keep else settings
+    head = {"media": args.media, "labels": list(source.labels), "multilabel": args.multilabel, "settings": settings, "shard_size": plans[0].shard_size}
+    splits = {
+        plan.split: {"list": plan.source.origin, "folder": plan.origin, "hash": plan.hash, "examples": len(plan.source), "missing": plan.source.missing}
+        for plan in plans
+    }
+    if (out / MANIFEST).exists():
+        old = open_manifest(str(out))
+        changed = [f"{key} was {short(old[key])}, now {short(head[key])}" for key in head if old[key] != head[key]]
+        changed += [f"the {split} list has changed" for split in splits if split in old["splits"] and old["splits"][split]["hash"] != splits[split]["hash"]]
+        if changed:
+            raise UserError(f"{out} was begun otherwise ({'; '.join(changed)}): name another folder, or remove this one")
+        splits = old["splits"] | {split: splits[split] | old["splits"].get(split, {}) for split in splits}
+    elif strangers := [entry.name for entry in out.iterdir() if not entry.name.startswith(UNFINISHED)]:
+        raise UserError(f"{out} is not empty and was not written by vidjoint.pack (it holds {some(sorted(strangers))}): name another folder")
+    manifest = {"format": FORMAT} | head | {"splits": splits}
+    (out / PARTS).mkdir(exist_ok=True)
+    write_atomically(out / MANIFEST, as_json(manifest))
+    return manifest
+
+
+def short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}.."
+
+
+def as_json(content: dict) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    beside = file.with_name(UNFINISHED + file.name)
+    with open(beside, "wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+    beside.rename(file)
+
+
+# Shards
+
+
+def write_split(out: Path, plan: Plan, media: str, how: Encoding | None, pool: ThreadPoolExecutor, workers: int) -> None:
+    """Writes the shards of a split that are not there yet. A shard has its name only once it is whole."""
+    shards = plan.shards
+    todo = [i for i, name in enumerate(shards) if read_part(out, name) is None]
+    rows = [row for shard in todo for row in plan.rows(shard)]
+    done = len(plan.source) - len(rows)
+    encoded = in_order(pool, lambda row: encode(plan.source, row, media, how), rows, 2 * workers)
+    with tqdm(total=len(plan.source), initial=done, desc=f"pack {plan.split}", unit=" files", delay=2, disable=None, leave=False) as progress:
+        for shard in todo:
+            write_shard(out, plan, shards[shard], itertools.islice(encoded, len(plan.rows(shard))), progress)
+
+
+def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """Yields function(item) for each item, in order, with at most `ahead` of them under way or waiting to be taken."""
+    items, running = iter(items), deque()
+    try:
+        running.extend(pool.submit(function, item) for item in itertools.islice(items, ahead))
+        while running:
+            yield running.popleft().result()
+            running.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def encode(source: Source, row: int, media: str, how: Encoding | None) -> tuple[int, int, bytes | str]:
+    """The row, the size of its file in bytes (0: unknown) and what to store of it, or in words why it can't be used."""
+    try:
+        file = source[row][media]
+        size = len(file) if isinstance(file, bytes) else os.path.getsize(file)
+        if how is None:
+            decode(file, media)
+            return row, size, content_of(file)
+        return row, size, (encode_video if media == "video" else encode_image)(file, how)
+    except (DecodeError, OSError) as error:
+        return row, 0, getattr(error, "strerror", None) or str(error)
+
+
+def write_shard(out: Path, plan: Plan, name: str, encoded: Iterable[tuple[int, int, bytes | str]], progress: tqdm) -> None:
+    """Writes one shard and, beside it, what is known of its records."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    records, bad, original = [], [], 0
+    beside = out / (UNFINISHED + name)
+    serialize = make_serializer(tuple(plan.source.labels), plan.source.records.targets.ndim > 1, plan.source.media)
+    writer = ArrayRecordWriter(str(beside), "group_size:1,uncompressed")  # encoded pictures don't shrink further; a record at a time is read
+    try:
+        for row, size, content in encoded:
+            progress.update()
+            if isinstance(content, str):
+                bad.append([row, content])
+                continue
+            record = serialize(content, plan.source.records.targets[row], plan.names[row])
+            writer.write(record)
+            records.append((row, len(record), record.index(content), len(content), zlib.crc32(content)))
+            original += size
+    finally:
+        writer.close()
+    chunks = find_records(beside, len(records))
+    begins = [end_of(start, body - length + where) for (start, body), (_, length, where, *_) in zip(chunks, records, strict=True)]
+    part = {"bytes": beside.stat().st_size, "original_bytes": original, "bad": bad, "rows": [record[0] for record in records]}
+    part |= {"begin": begins, "size": [record[3] for record in records], "crc": [record[4] for record in records]}
+    descriptor = os.open(beside, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    write_atomically(out / PARTS / f"{name}.json", as_json(part))
+    beside.rename(out / name)
+
+
+def read_part(out: Path, name: str) -> dict | None:
+    """What is known of a shard, None if it is not whole."""
+    try:
+        part = json.loads((out / PARTS / f"{name}.json").read_bytes())
+        return part if (out / name).stat().st_size == part["bytes"] else None
+    except (OSError, ValueError):
+        return None
+
+
+def make_features(labels: tuple[str, ...], multilabel: bool, media: str):
+    """What a record holds, in TFDS's terms: {media: bytes, "label": class or classes, "path": of the original}."""
+    import tensorflow_datasets as tfds
+
+    label = tfds.features.ClassLabel(names=list(labels))
+    label = tfds.features.Sequence(label) if multilabel else label
+    return tfds.features.FeaturesDict({media: tfds.features.Scalar(np.object_), "label": label, "path": tfds.features.Text()})
+
+
+def make_serializer(labels: tuple[str, ...], multilabel: bool, media: str) -> Callable[[bytes, np.ndarray, str], bytes]:
+    import tensorflow_datasets as tfds
+
+    features = make_features(labels, multilabel, media)
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+
+    def serialize(content, target, path):
+        label = target[target >= 0].tolist() if multilabel else int(target)
+        return serializer.serialize_example(features.encode_example({media: content, "label": label, "path": os.fsencode(path)}))
+
+    return serialize
+
+
+# The whole
+
+
+def finish_split(out: Path, plan: Plan, manifest: dict) -> None:
+    """Writes the index of a split and its entry in the manifest."""
+    parts = [read_part(out, name) for name in plan.shards]
+    rows = np.array([row for part in parts for row in part["rows"]], np.int64)
+    if not len(rows):
+        raise UserError(f"no file of {plan.source.origin} can be used: {some(reason for part in parts for _, reason in part['bad'])}")
+    targets = plan.source.records.targets
+    index = {
+        "shard": np.repeat(np.arange(len(parts), dtype=np.int32), [len(part["rows"]) for part in parts]),
+        "begin": np.array([begin for part in parts for begin in part["begin"]], np.int64),
+        "size": np.array([size for part in parts for size in part["size"]], np.int64),
+        "crc": np.array([crc for part in parts for crc in part["crc"]], np.uint32),
+        "target": targets[rows],
+        "names": np.frombuffer("\0".join(plan.names[row] for row in rows).encode("utf-8", "surrogateescape"), np.uint8),
+    }
+    beside = out / f"{UNFINISHED}index-{plan.split}.npz"
+    np.savez_compressed(beside, **index)
+    beside.rename(out / f"index-{plan.split}.npz")
+    counts = np.bincount(targets[rows][targets[rows] >= 0], minlength=len(plan.source.labels))
+    manifest["splits"][plan.split] |= {
+        "packed": len(rows),
+        "shards": plan.shards,
+        "shard_lengths": [len(part["rows"]) for part in parts],
+        "bytes": sum(part["bytes"] for part in parts),
+        "original_bytes": sum(part["original_bytes"] for part in parts),
+        "counts": counts.tolist(),  # examples of each class
+        "bad": [{"path": plan.names[row], "error": reason} for part in parts for row, reason in part["bad"]],
+    }
+
+
+def write_tfds(out: Path, manifest: dict) -> None:
+    """Writes what TFDS reads a data set's folder by: features.json and dataset_info.json."""
+    import tensorflow_datasets as tfds
+
+    template = tfds.core.ShardedFileTemplate(data_dir=out, dataset_name=NAME, filetype_suffix="array_record")
+    splits = [
+        tfds.core.SplitInfo(name=split, shard_lengths=entry["shard_lengths"], num_bytes=entry["bytes"], filename_template=template)
+        for split, entry in manifest["splits"].items()
+        if "shard_lengths" in entry
+    ]
+    features = make_features(tuple(manifest["labels"]), manifest["multilabel"], manifest["media"])
+    tfds.folder_dataset.write_metadata(data_dir=out, features=features, split_infos=splits, filename_template=template, check_data=False, version="1.0.0")
+
+
+def verify(out: Path, plan: Plan, manifest: dict, pool: ThreadPoolExecutor) -> None:
+    """Reads everything back, both as TFDS and as source=packed do: bytes, labels, paths, counts; each content is opened and its first frame decoded.
+
+    Raises:
+      UserError: something is not as it was written.
+    """
+    import tensorflow_datasets as tfds
+
+    entry = manifest["splits"][plan.split]
+    records = open_packed(str(out), plan.split, unfinished=True)[1]
+    data = tfds.builder_from_directory(out).as_data_source(split=plan.split)
+    media, rows = manifest["media"], [row for name in plan.shards for row in read_part(out, name)["rows"]]
+
+    def problem(i: int) -> str:
+        theirs, target = data[i], plan.source.records.targets[rows[i]]
+        try:
+            content, ours, _ = records[i]
+            if media == "video":
+                Video(content).close()
+            else:
+                describe_image(content)
+        except DecodeError as error:
+            return str(error)
+        same_label = np.array_equal(np.atleast_1d(theirs["label"]), np.atleast_1d(target[target >= 0])) and np.array_equal(ours, target)
+        same_path = theirs["path"] == os.fsencode(plan.names[rows[i]]) and records.names[i] == plan.names[rows[i]]
+        return "" if same_label and same_path and bytes(theirs[media]) == content else "it is not what was written"
+
+    if not len(data) == len(records) == len(rows) == entry["packed"]:
+        raise UserError(f"{out}: {plan.split} has {len(data)} records in place of {len(rows)}: remove the folder and pack again")
+    counts = np.zeros(len(manifest["labels"]), np.int64)
+    with tqdm(total=len(rows), desc=f"verify {plan.split}", unit=" files", delay=2, disable=None, leave=False) as progress:
+        for i, wrong in enumerate(in_order(pool, problem, range(len(rows)), 64)):
+            if wrong:
+                shard = records.shards[records.index["shard"][i]]
+                raise UserError(f"{out / shard}: {plan.names[rows[i]]}: {wrong}. Remove this shard and run the command again")
+            np.add.at(counts, records.targets[i][records.targets[i] >= 0], 1)
+            progress.update()
+    if counts.tolist() != entry["counts"]:
+        raise UserError(f"{out}: the classes of {plan.split} have not as many examples as were written: remove the folder and pack again")
+
+
+def as_text(manifest: dict, seconds: float) -> str:
+    lines = []
+    for split, entry in manifest["splits"].items():
+        if not entry.get("finished"):
+            continue
+        lines += [f"BAD  {bad['path']}: {bad['error']}" for bad in entry["bad"]]
+        counts = dict(zip(manifest["labels"], entry["counts"], strict=True))
+        fewest, most = min(counts, key=counts.get), max(counts, key=counts.get)
+        what = f"{entry['packed']} of {entry['examples']} {manifest['media']}s in {len(entry['shards'])} shards, {len(entry['bad'])} bad"
+        lines.append(f"{split:<8}  {what + (f', {entry["missing"]} missing' if entry['missing'] else '')}; read back and compared")
+        lines.append(f"{'':<8}  {len(counts)} classes of {counts[fewest]} ({fewest}) to {counts[most]} ({most})")
+        lines.append(f"{'':<8}  {entry['original_bytes'] / 1e6:.1f} MB -> {entry['bytes'] / 1e6:.1f} MB")
+    return "\n".join([*lines, f"{'time':<8}  {seconds:.1f} s"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
