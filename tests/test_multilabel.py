@@ -66,7 +66,7 @@ def test_labels_of_batches_have_one_shape(root):
     tasks = open_tasks(config)
     known = {tuple(example["label"].tolist()) for example in tasks["tags"].train}
     assert known == {(1, 0, 2), (1, -1, -1), (-1, -1, -1), (2, 0, -1), (3, -1, -1), (2, -1, -1), (3, 1, -1)}
-    parts = [Mixture(config, tasks, 8, process=process, processes=2, row_multiple=8) for process in range(2)]
+    parts = [Mixture(config, tasks, 8, tiny.share(process, 2), row_multiple=8) for process in range(2)]
     seen = set()
     for step in range(8):
         (whole,) = Mixture(config, tasks, 8, row_multiple=8).step(step)

@@ -121,7 +121,7 @@ MISTAKES = {
     "optim.betas=('a', 'b') must be a tuple of numbers": dict(optim__betas=("a", "b")),
     "optim.freeze=(1,) must be a tuple of texts": dict(optim__freeze=(1,)),
     "tasks.clips.area=('0', 1) must be a tuple of numbers": dict(tasks__clips__area=("0", 1)),
-    "tasks.clips: source='list' is unknown: choose one of csv, folder, smarthome, tfds, demo": dict(tasks__clips__source="list"),
+    "tasks.clips: source='list' is unknown: choose one of csv, folder, smarthome, tfds, packed, demo": dict(tasks__clips__source="list"),
     "tasks.clips: media='audio' is unknown": dict(tasks__clips__media="audio"),
     "tasks.clips: sampler='dense' is unknown": dict(tasks__clips__sampler="dense"),
     "tasks.clips: crop='centre' is unknown": dict(tasks__clips__crop="centre"),

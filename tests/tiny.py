@@ -1,5 +1,6 @@
 """A tiny run that several tests use: two tasks with real files, and a model with random parameters that answers differently for each of them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -46,6 +47,11 @@ def write_data(folder: Path) -> None:
             still.mkdir(parents=True, exist_ok=True)
             pixels = np.random.default_rng(i).integers(0, 256, (4, 5, 3), np.uint8)
             Image.fromarray(pixels).resize((50, 40), Image.Resampling.NEAREST).save(still / f"{i}.png")
+
+
+def share(process: int, processes: int) -> Callable[[int], range]:
+    """The rows of a batch that one of several processes holds where they share it evenly."""
+    return lambda size: range(size * process // processes, size * (process + 1) // processes)
 
 
 def config_of(data_root: Path) -> ConfigDict:

@@ -1,6 +1,7 @@
 """Measures an experiment on this machine: its model, its training step, its input pipeline.
 
 python -m vidjoint.benchmark --config=configs/demo.py [--what=model,memory,step,data] [--json=FILE]
+python -m vidjoint.benchmark --config=configs/cover_jft.py:high_res --topology=v5e:16x16     compiles the training step for TPUs, without one
 """
 
 import argparse
@@ -19,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vidjoint import config as config_module
-from vidjoint import sharding, validate
+from vidjoint import sharding, topology, validate
 from vidjoint.config import task_config
 from vidjoint.data import clips, transforms
 from vidjoint.data.tasks import clip_spec
@@ -50,6 +51,7 @@ TEXTS = {  # the figures for people: what they are, and how they are written
     "decode_8_of_300_clips_per_s_per_core": ("8 of 300 frames of 340 x 256 H.264, clips per second and core", "{:.1f}"),
 }
 WHAT = "comma-separated: model and memory (compiles the gradient of one clip), which need no data; step; data (default: all but memory)"
+TOPOLOGY = "v4, v5e, v5p or v6e, and a size as in v5e:16x16: compile the training step for these TPUs, without one and without data (extra tpu)"
 FRAMES, HEIGHT, WIDTH, GOP = 300, 256, 340, 30  # the file that decoding is measured on: 10 s of a Kinetics clip as commonly stored
 
 
@@ -253,7 +255,7 @@ def measure_data(setup: Setup, steps: int = 20) -> dict:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vidjoint.benchmark",
-        usage="%(prog)s --config=FILE[:ARGUMENT] [--what=model,memory,step,data] [--json=FILE] [--config.KEY=VALUE ...]",
+        usage="%(prog)s --config=FILE[:ARGUMENT] [--what=model,memory,step,data | --topology=CHIP:SIZE] [--json=FILE] [--config.KEY=VALUE ...]",
         description=__doc__.partition("\n")[0],
         epilog="mfu = 6 x MACs of the forward pass x steps/s / the FLOP/s of a large matrix product measured here, in the model's dtype. "
         "Medians of 5 after a warm-up. Any key of the experiment can be set by --config.KEY=VALUE.",
@@ -261,6 +263,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]", help="experiment, as in configs/demo.py; its data must be there")
     parser.add_argument("--what", default="model,step,data", metavar="PARTS", help=WHAT)
+    parser.add_argument("--topology", metavar="CHIP:SIZE", help=TOPOLOGY)
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     args, rest = parser.parse_known_args(argv)
     what = args.what.split(",")
@@ -271,6 +274,11 @@ def main(argv: list[str]) -> int:
     problems = validate.check(config)
     if problems:
         raise UserError(*problems)
+    if args.topology:
+        figures = {"jax": jax.__version__} | topology.measure_topology(config, args.topology)
+        print(topology.as_table(figures))
+        write_json(args.json, figures)
+        return 0
     figures = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__}
     print(f"{figures['device']}, jax {figures['jax']}", flush=True)
     setup = prepare(config) if {"step", "data"} & set(what) else None

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from vidjoint.data.files import EXTENSIONS, has_extension
 from vidjoint.data.lists import locate, read_list, split_labels
+from vidjoint.data.packed import PackedRecords, is_packed, open_manifest, open_packed
 from vidjoint.data.records import ZipRecords
 from vidjoint.data.sources import list_folder
 from vidjoint.data.transforms import Geometry
@@ -34,8 +35,9 @@ class Item:
     """One file to check."""
 
     name: str
-    content: str | tuple[ZipRecords, int]  # path, or archive and number of the member
+    content: str | tuple[ZipRecords | PackedRecords, int]  # path, or archive or packed dataset and number of the member
     places: list[str] = field(default_factory=list)  # "list.csv line 3", ..; [] for files found in folders
+    media: str = ""  # "": told by its extension
     labels: list[str] = field(default_factory=list)  # as written at each of these places, or the name of its folder
 
 
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> int:
         epilog="Exit status: 0 if every file is good, 1 if any is bad (or missing, or listed with two labels), 2 if the command can't be run.",
     )
     known = "lines `path label` or `path`, or a published list of one of the datasets in configs/datasets.py"
-    parser.add_argument("data", nargs="+", help=f"a list of files ({known}), a folder, a zip, or a video or image file")
+    parser.add_argument("data", nargs="+", help=f"a list of files ({known}), a folder, a zip, a packed data set, or a video or image file")
     parser.add_argument("--root", help="folder that the paths in lists start from (default: each list's own folder)")
     parser.add_argument("--media", choices=sorted(EXTENSIONS), help="what the files are (default: told by their extensions)")
     parser.add_argument("--multilabel", action="store_true", help="files in lists have any number of labels: `path,label|label`, or several lines")
@@ -86,7 +88,15 @@ def collect(data: list[str], root: str | None, media: str | None, multilabel: bo
     for argument in data:
         path = Path(argument).expanduser()
         try:
-            if path.is_dir() or path.suffix.lower() == ".zip":
+            if is_packed(argument):
+                for split in open_manifest(argument)["splits"]:
+                    manifest, packed = open_packed(argument, split)
+                    for i, target in enumerate(packed.targets):
+                        item = items[f"{argument}:{split} {i}"] = Item(
+                            f"{argument}:{split}[{i}] {packed.names[i]}", (packed, i), media=manifest["media"]
+                        )
+                        item.labels += [manifest["labels"][c] for c in np.atleast_1d(target) if c >= 0]
+            elif path.is_dir() or path.suffix.lower() == ".zip":
                 entries, infos = list_folder(path)
                 files = [entry for entry in entries if not entry.endswith("/")]
                 known = [file for file in files if any(has_extension(file, kind) for kind in ([media] if media else EXTENSIONS))]
@@ -128,7 +138,7 @@ def check(items: list[Item], bad: list[dict], media: str | None, threads: int, m
     def attempt(item):
         try:
             content = item.content if isinstance(item.content, str) else item.content[0][item.content[1]][0]
-            return decode(content, media or kind_of(item.name))
+            return decode(content, item.media or media or kind_of(item.name))
         except (DecodeError, OSError) as error:
             return getattr(error, "strerror", None) or str(error)
 
@@ -144,7 +154,7 @@ def check(items: list[Item], bad: list[dict], media: str | None, threads: int, m
                     bad.append({"path": item.name, "error": outcome})
                     continue
                 facts.append(outcome)
-                if len(set(item.labels)) > 1 and not multilabel:
+                if len(set(item.labels)) > 1 and item.places and not multilabel:
                     bad.append({"path": item.name, "error": f"listed with labels {', '.join(sorted(set(item.labels)))} ({', '.join(item.places)})"})
 
     columns = defaultdict(list)

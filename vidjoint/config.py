@@ -84,7 +84,9 @@ def base_config() -> ConfigDict:
     m.pool = "class_token"
     m.class_token = True  # False: no class token in the blocks; pool: average, patch_mean, first_token, class_attention or temporal_encoder
     m.dtype = "bfloat16"  # compute type; parameters, softmax and losses stay float32. On a CPU float32 is faster
-    m.remat = "none"  # none, or block: recompute each block in the backward pass (less memory, a third more compute)
+    # What the backward pass computes anew to save memory. none; dots: all but the dense layers, that is norms, GELU and attention maps; block: each
+    # block (the least memory, a third more compute)
+    m.remat = "none"
     m.drop_path = 0.0  # stochastic depth: share of dropped residuals in the last block, rising linearly from 0
     m.dropout = 0.0  # dropout on the pooled features, before the heads
     # What pretrained weights rely on. Left as they are here, these are taken from the weights that init_from names, or else as said
@@ -196,9 +198,9 @@ def task_config(**changes) -> ConfigDict:
       KeyError, TypeError: a change names an unknown key or has the wrong type.
     """
     t = ConfigDict()
-    t.source = "csv"  # csv, folder, smarthome, tfds or demo: see vidjoint/data/sources.py for the layouts
+    t.source = "csv"  # csv, folder, smarthome, tfds, packed or demo: see vidjoint/data/sources.py for the layouts
     t.media = "video"  # video or image (a video of one frame)
-    t.train = ""  # list file(s, comma-separated), folder, zip, or TFDS name:split (Smarthome: protocol:part), relative to data_root
+    t.train = ""  # list file(s, comma-separated), folder, zip, TFDS name:split, packed folder or URL, Smarthome protocol:part; relative to data_root
     t.val = ""  # likewise; "": no evaluation, or what `fold` holds out
     t.fold = ""  # "k/n" (k from 1): hold out the k-th of n parts of `train` (stratified by class) in place of `val`
     t.root = ""  # folder that the paths in a list start from, relative to data_root; "": the list's own folder

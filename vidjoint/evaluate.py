@@ -4,6 +4,7 @@ python -m vidjoint.evaluate --workdir=DIR [--views=TxS] [--reversed] [--task=NAM
 """
 
 import argparse
+import functools
 import json
 import logging
 import math
@@ -11,7 +12,6 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -20,9 +20,10 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from vidjoint import metrics, plots, sharding, validate
+from vidjoint import metrics, plots, processes, sharding, validate
 from vidjoint.classifier import Classifier, parse_step
 from vidjoint.data.mixture import evaluation_batches
+from vidjoint.data.packed import is_packed, is_url
 from vidjoint.data.tasks import Task, open_tasks
 from vidjoint.errors import UserError, command
 from vidjoint.models.build import Model
@@ -47,12 +48,12 @@ class TaskResult:
     def multilabel(self) -> bool:
         return self.label.ndim == 2
 
-    @cached_property
+    @functools.cached_property
     def positive(self) -> np.ndarray:
         """Of a multilabel task: bool[n, C]."""
         return metrics.positives(self.label, len(self.labels))
 
-    @cached_property
+    @functools.cached_property
     def average_precision(self) -> np.ndarray:
         """Of a multilabel task: float64[C], NaN for a class without examples."""
         return metrics.average_precision(self.scores, self.positive)
@@ -102,12 +103,11 @@ class Evaluator:
 
     def _run_task(self, task: Task, params: dict, views: tuple[int, int], reverse: bool) -> TaskResult:
         temporal, spatial = views if task.is_video else (1, views[1])
-        batches = evaluation_batches(
-            task, self.config, self.batch_size, temporal, spatial, process=jax.process_index(), processes=jax.process_count()
-        )
+        rows_of = functools.partial(sharding.local_rows, mesh=self.mesh)
+        batches = evaluation_batches(task, self.config, self.batch_size, temporal, spatial, rows_of)
         label, scores, reversed_scores = [], [], []
         total = math.ceil(len(task.val) / self.batch_size)
-        for batch in tqdm(batches, f"evaluate {task.name}", total=total, disable=None, delay=2, leave=False, unit=" batches"):
+        for batch in tqdm(batches, f"evaluate {task.name}", total=total, disable=None if jax.process_index() == 0 else True, delay=2, leave=False, unit=" batches"):
             for bad in set(batch["bad"]) - self._named:
                 log.warning("%s: not evaluated: %s: %s", task.name, task.val.name(bad[1]), bad[2])
             self._named.update(batch["bad"])
@@ -177,6 +177,9 @@ def _to_host(x: jax.Array) -> np.ndarray:
 def use_data(config: ConfigDict, name: str, labels: tuple[str, ...], file: str, root: str, folder: str) -> None:
     """Puts the list `file` in place of a task's validation split; its labels are the run's numbers or class names. Writes these into `folder`."""
     task, path = config.tasks[name], Path(file).expanduser().absolute()
+    if is_packed(file) or is_packed(str(path)):
+        task.update(source="packed", val=file if is_url(file) else str(path), fold="", root="", classes=0, labels="")
+        return
     names = Path(folder) / "labels.json"  # JSON, for a text file of names like "1 left" would be taken for numbered names
     names.write_text(json.dumps(labels))
     root = Path(root).expanduser().absolute() if root else path.parent
@@ -201,13 +204,14 @@ def main(argv: list[str]) -> int:
         "--data",
         metavar="CSV",
         help="list of files to evaluate in place of the task's own validation split (needs --task): lines `path,label` or `path label`, "
-        "where a label is the name of a class of the run or its number from 0; for a multilabel task `path,label|label`",
+        "where a label is the name of a class of the run or its number from 0; for a multilabel task `path,label|label`; or a packed data set",
     )
     parser.add_argument("--root", default="", metavar="FOLDER", help="folder that the paths in --data start from (default: the list's own folder)")
     parser.add_argument("--data_root", metavar="FOLDER", help="where the run's own data is, if it has moved since")
     parser.add_argument("--step", metavar="N", help="checkpoint to evaluate, a number or best (default: the newest)")
     parser.add_argument("--batch_size", type=int, metavar="B", help="examples at a time (default: the run's eval.batch_size)")
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
+    processes.add_arguments(parser)
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     if args.views and validate.views(args.views) is None:
@@ -216,6 +220,13 @@ def main(argv: list[str]) -> int:
         raise UserError("--data needs --task: say which of the run's heads its labels are for")
     if args.root and not args.data:
         raise UserError("--root is where the paths of --data start: give --data too (if the run's own data has moved, --data_root)")
+    with processes.joined(args):
+        run(args)
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluates, prints the table and writes `args.json`. Raises UserError."""
     check_writable(args.json)
     classifier = Classifier(args.workdir, parse_step(args.step), args.batch_size)
     config, views = classifier.config, args.views or classifier.config.eval.views
@@ -241,17 +252,18 @@ def main(argv: list[str]) -> int:
     if problems:
         raise UserError(*problems)
     for task in tasks.values():
-        for line in task.val.warnings:
+        for line in task.val.warnings if jax.process_index() == 0 else ():
             log.warning("%s: %s", task.name, line)
     mesh = sharding.make_mesh(config.mesh)
-    params = jax.device_put(classifier.params, sharding.tree_sharding(classifier.params, mesh))
+    params = jax.device_put(jax.device_get(classifier.params), sharding.tree_sharding(classifier.params, mesh))
     with sharding.memory_errors("lower --batch_size"):
         results = Evaluator(config, classifier.model, tasks, mesh).run(params, validate.views(views), args.reversed)
+    if jax.process_index():
+        return
     content = as_json(results, classifier.step)
     print(f"{args.workdir if classifier.step is None else f'step {classifier.step}'}, {views} views")
     print(table(content))
     write_json(args.json, content)
-    return 0
 
 
 def check_writable(file: str | None) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import jax
 
-from vidjoint import config as config_module
+from vidjoint import config as config_module, processes
 from vidjoint.errors import command
 from vidjoint.evaluate import table
 from vidjoint.train import Stopped, train
 
-STOPPED = 75  # exit status after SIGTERM or Ctrl-C: saved, start the same command again to go on (EX_TEMPFAIL)
+STOPPED = Stopped.exit_status
 
 
 @command
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         usage="%(prog)s --config=FILE[:ARGUMENT] [--workdir=DIR] [--config.KEY=VALUE ...] [--force_config]",
         description=__doc__.partition("\n")[0],
         epilog="Exit status: 0 done; 2 something is to be mended, and the lines on standard error say what; "
-        f"{STOPPED} stopped by SIGTERM or Ctrl-C and saved: the same command goes on from there.",
+        f"{STOPPED} stopped by SIGTERM or Ctrl-C and saved, {processes.LOST} another process of the run was lost: the same command goes on from there.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE[:ARGUMENT]", help="experiment, as in configs/demo.py or configs/cover_jft.py:high_res")
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
         f"all keys are explained in {config_module.__file__}",
     )
     parser.add_argument("--force_config", action="store_true", help="go on with the run in DIR although its settings were others")
+    processes.add_arguments(parser)
     args, rest = parser.parse_known_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr, force=True)
     logging.captureWarnings(True)
@@ -47,12 +48,13 @@ def main(argv: list[str]) -> int:
     cache = os.environ.get("VIDJOINT_CACHE", Path.home() / ".cache" / "vidjoint")
     jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "xla"))
     try:
-        results = train(config, args.workdir or Path("runs") / name, args.force_config)
+        with processes.joined(args):
+            results = train(config, args.workdir or Path("runs") / name, args.force_config)
+            if jax.process_index() == 0:
+                print(table(results))
     except Stopped as stopped:
-        print(f"stopped after step {stopped.step} and saved; the same command goes on from there", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return STOPPED
-    if jax.process_index() == 0:
-        print(table(results))
     return 0
 
 

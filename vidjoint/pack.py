@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import sys
 import time
 import zlib
@@ -27,7 +26,7 @@ from vidjoint.check_data import decode, printable
 from vidjoint.config import task_config
 from vidjoint.data.encode import Encoding, content_of, encode_image, encode_video
 from vidjoint.data.files import some
-from vidjoint.data.packed import FORMAT, MANIFEST, PackedRecords, end_of, find_records, is_url, open_manifest, open_packed
+from vidjoint.data.packed import FORMAT, MANIFEST, end_of, find_records, is_url, open_manifest, open_packed
 from vidjoint.data.records import Source
 from vidjoint.data.sources import open_source
 from vidjoint.data.video import DecodeError, Video, describe_image
@@ -96,7 +95,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     check(args)
     out, start = Path(args.out).expanduser(), time.perf_counter()
-    how = Encoding(args.short_side, args.gop, args.crf, args.preset, args.quality)
+    how = Encoding(args.short_side, args.gop, args.crf, args.preset, quality=args.quality)
     plans = [make_plan(args, split) for split in (("train", "val") if args.val else ("train",))]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -107,6 +106,7 @@ def main(argv: list[str]) -> int:
                     write_split(out, plan, args.media, None if args.keep else how, pool, args.workers)
                     finish_split(out, plan, manifest)
                 write_tfds(out, manifest)
+                write_atomically(out / MANIFEST, as_json(manifest))
                 for plan in plans:
                     verify(out, plan, manifest, pool)
                     manifest["splits"][plan.split]["finished"] = True
@@ -167,21 +167,35 @@ def begin(out: Path, args: argparse.Namespace, how: Encoding, plans: list[Plan])
       UserError: the folder holds something else, or the list or the settings have changed since.
     """
     source = plans[0].source
-    videos, pictures = ("short_side", "gop", "crf", "preset", "max_pixels"), ("short_side", "quality", "max_pixels")
+    videos, pictures = ("short_side", "gop", "crf", "preset", "tune", "max_pixels"), ("short_side", "quality", "max_pixels")
     settings = {key: value for key, value in asdict(how).items() if key in (videos if args.media == "video" else pictures)}
     settings = {"keep": True} if args.keep else settings
-    head = {"media": args.media, "labels": list(source.labels), "multilabel": args.multilabel, "settings": settings, "shard_size": plans[0].shard_size}
+    head = {
+        "media": args.media,
+        "labels": list(source.labels),
+        "multilabel": args.multilabel,
+        "settings": settings,
+        "shard_size": plans[0].shard_size,
+    }
     splits = {
-        plan.split: {"list": plan.source.origin, "folder": plan.origin, "hash": plan.hash, "examples": len(plan.source), "missing": plan.source.missing}
+        plan.split: {
+            "list": plan.source.origin,
+            "folder": plan.origin,
+            "hash": plan.hash,
+            "examples": len(plan.source),
+            "missing": plan.source.missing,
+        }
         for plan in plans
     }
     if (out / MANIFEST).exists():
         old = open_manifest(str(out))
         changed = [f"{key} was {short(old[key])}, now {short(head[key])}" for key in head if old[key] != head[key]]
-        changed += [f"the {split} list has changed" for split in splits if split in old["splits"] and old["splits"][split]["hash"] != splits[split]["hash"]]
+        changed += [
+            f"the {split} list has changed" for split in splits if split in old["splits"] and old["splits"][split]["hash"] != splits[split]["hash"]
+        ]
         if changed:
             raise UserError(f"{out} was begun otherwise ({'; '.join(changed)}): name another folder, or remove this one")
-        splits = old["splits"] | {split: splits[split] | old["splits"].get(split, {}) for split in splits}
+        splits = old["splits"] | {split: old["splits"].get(split, {}) | splits[split] | {"finished": False} for split in splits}
     elif strangers := [entry.name for entry in out.iterdir() if not entry.name.startswith(UNFINISHED)]:
         raise UserError(f"{out} is not empty and was not written by vidjoint.pack (it holds {some(sorted(strangers))}): name another folder")
     manifest = {"format": FORMAT} | head | {"splits": splits}
@@ -276,7 +290,7 @@ def write_shard(out: Path, plan: Plan, name: str, encoded: Iterable[tuple[int, i
     descriptor = os.open(beside, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    write_atomically(out / PARTS / f"{name}.json", as_json(part))
+    write_atomically(out / PARTS / f"{name}.json", json.dumps(part).encode())
     beside.rename(out / name)
 
 
@@ -355,7 +369,9 @@ def write_tfds(out: Path, manifest: dict) -> None:
         if "shard_lengths" in entry
     ]
     features = make_features(tuple(manifest["labels"]), manifest["multilabel"], manifest["media"])
-    tfds.folder_dataset.write_metadata(data_dir=out, features=features, split_infos=splits, filename_template=template, check_data=False, version="1.0.0")
+    tfds.folder_dataset.write_metadata(
+        data_dir=out, features=features, split_infos=splits, filename_template=template, check_data=False, version="1.0.0"
+    )
 
 
 def verify(out: Path, plan: Plan, manifest: dict, pool: ThreadPoolExecutor) -> None:
@@ -372,15 +388,16 @@ def verify(out: Path, plan: Plan, manifest: dict, pool: ThreadPoolExecutor) -> N
     media, rows = manifest["media"], [row for name in plan.shards for row in read_part(out, name)["rows"]]
 
     def problem(i: int) -> str:
-        theirs, target = data[i], plan.source.records.targets[rows[i]]
+        target = plan.source.records.targets[rows[i]]
         try:
             content, ours, _ = records[i]
+            theirs = data[i]
             if media == "video":
                 Video(content).close()
             else:
                 describe_image(content)
-        except DecodeError as error:
-            return str(error)
+        except (DecodeError, RuntimeError) as error:  # RuntimeError: ArrayRecord's checksums
+            return str(error).partition("\n")[0]
         same_label = np.array_equal(np.atleast_1d(theirs["label"]), np.atleast_1d(target[target >= 0])) and np.array_equal(ours, target)
         same_path = theirs["path"] == os.fsencode(plan.names[rows[i]]) and records.names[i] == plan.names[rows[i]]
         return "" if same_label and same_path and bytes(theirs[media]) == content else "it is not what was written"
@@ -408,7 +425,8 @@ def as_text(manifest: dict, seconds: float) -> str:
         counts = dict(zip(manifest["labels"], entry["counts"], strict=True))
         fewest, most = min(counts, key=counts.get), max(counts, key=counts.get)
         what = f"{entry['packed']} of {entry['examples']} {manifest['media']}s in {len(entry['shards'])} shards, {len(entry['bad'])} bad"
-        lines.append(f"{split:<8}  {what + (f', {entry["missing"]} missing' if entry['missing'] else '')}; read back and compared")
+        what += f", {entry['missing']} missing" if entry["missing"] else ""
+        lines.append(f"{split:<8}  {what}; read back and compared")
         lines.append(f"{'':<8}  {len(counts)} classes of {counts[fewest]} ({fewest}) to {counts[most]} ({most})")
         lines.append(f"{'':<8}  {entry['original_bytes'] / 1e6:.1f} MB -> {entry['bytes'] / 1e6:.1f} MB")
     return "\n".join([*lines, f"{'time':<8}  {seconds:.1f} s"])

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -50,8 +51,10 @@ log = logging.getLogger(__name__)
 class Stopped(Exception):
     """A signal ended the run after a save."""
 
+    exit_status = 75  # of the command: start it again to go on (EX_TEMPFAIL)
+
     def __init__(self, step: int):
-        super().__init__(f"stopped after step {step}")
+        super().__init__(f"stopped after step {step} and saved; the same command goes on from there")
         self.step = step
 
 
@@ -108,7 +111,7 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
         raise UserError(*problems)
     for task in tasks.values():
         for source in filter(None, (task.train, task.val)):
-            for line in source.warnings:
+            for line in source.warnings if jax.process_index() == 0 else ():
                 log.warning("%s: %s", task.name, line)
 
     per_epoch = steps_per_epoch(config, tasks)
@@ -124,7 +127,7 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
     labels = {name: task.labels for name, task in tasks.items()}
     start = weights and plan(weights, model.abstract(), model.spec, labels, config.init_allow)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    mixture = Mixture(config, tasks, total_steps, process=jax.process_index(), processes=jax.process_count(), row_multiple=shards)
+    mixture = Mixture(config, tasks, total_steps, functools.partial(sharding.local_rows, mesh=mesh), shards)
 
     abstract, init, train_step = sharded_step(config, model, optimizer, mesh)
     return Setup(config, tasks, mesh, mixture, model, total_steps, schedule, start, abstract, init, train_step)

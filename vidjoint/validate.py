@@ -1,5 +1,6 @@
 """Everything about a config that can be wrong is found here, before anything is allocated, and reported together."""
 
+import math
 import re
 import sys
 
@@ -16,13 +17,14 @@ from vidjoint.models.layers import GELUS
 from vidjoint.models.mixers import MIXERS
 from vidjoint.models.pooling import NEED_CLASS_TOKEN, POOLS
 from vidjoint.models.position import RESIZERS
+from vidjoint.models.vit import REMAT
 
 CHOICES = {
     "schedule": SCHEDULES,
     "model.mixer": MIXERS,
     "model.pool": POOLS,
     "model.dtype": ("bfloat16", "float32"),
-    "model.remat": ("none", "block"),
+    "model.remat": ("none", *REMAT),
     "model.gelu": ("", *GELUS),
     "model.interpolation": ("", *INTERPOLATIONS),
     "model.pre_norm": ("", "none", "layer_norm"),
@@ -75,6 +77,11 @@ def check(config: ConfigDict, trains: bool = True) -> list[str]:
     if problems:
         return problems
     problems = _check_numbers(config, CHOICES, POSITIVE, NOT_NEGATIVE)
+    for pattern in config.init_allow:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"init_allow: {pattern!r} is no regular expression ({error}): correct it")
     if trains and bool(config.total_steps) == bool(config.total_epochs):
         problems.append(f"total_steps={config.total_steps} and total_epochs={config.total_epochs}: give exactly one of them")
     if not config.tasks:
@@ -200,7 +207,8 @@ def _check_model(model: ConfigDict) -> list[str]:
         problems.append(f"model.registers={model.registers} must be at least 0, or -1 for that of init_from")
     if model.video_position == "space_time" and model.embed != "separate":
         problems.append("model.video_position=space_time is a table for videos alone: set model.embed=separate")
-    if len(model.mean) not in (0, 3) or len(model.std) not in (0, 3) or not all(value > 0 for value in model.std):
+    finite = all(math.isfinite(value) for value in (*model.mean, *model.std))
+    if len(model.mean) not in (0, 3) or len(model.std) not in (0, 3) or not finite or not all(value > 0 for value in model.std):
         problems.append(f"model.mean={model.mean} and model.std={model.std} must be three numbers each (red, green, blue), std above 0; or ()")
     return problems
 
@@ -226,7 +234,7 @@ def _check_task(config: ConfigDict, name: str, trains: bool) -> list[str]:
         return problems
     if trains and not task.train:
         problems.append("train is empty: name the training data")
-    if task.multilabel and task.source != "csv":
+    if task.multilabel and task.source not in ("csv", "packed"):
         problems.append(f"multilabel=True with source={task.source}: only lists hold several labels of a file, so set source=csv and write one")
     height, width = clip_spec(config, name).size
     patch = config.model.patch or (VARIANT.fullmatch(config.model.variant) or ("", "", 1))[2]

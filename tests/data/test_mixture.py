@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests import tiny
 from tests.data.sets import NUMBER, SIZES, configure, mixed, same
 from vidjoint.config import base_config, task_config
 from vidjoint.data import mixture, schedules, workers
@@ -99,7 +100,7 @@ def test_another_seed_gives_other_examples(root):
 def test_processes_hold_their_rows_of_the_same_batches(root, schedule):
     config = configure(root, *SIZES, schedule=schedule)  # batches of 3 and 3 rows, or 6: none is a multiple of 4
     whole = mixed(config, row_multiple=4)
-    halves = [mixed(config, process=process, processes=2, row_multiple=4) for process in range(2)]
+    halves = [mixed(config, rows_of=tiny.share(process, 2), row_multiple=4) for process in range(2)]
     for i, (left, right) in enumerate(zip(*(take(half, 4) for half in halves), strict=True)):
         pairs = zip(left, right, strict=True)
         joined = tuple({key: np.concatenate([a[key], b[key]]) for key in a} for a, b in pairs)
@@ -109,11 +110,6 @@ def test_processes_hold_their_rows_of_the_same_batches(root, schedule):
             rows = len(unpadded["label"])
             same(({key: column[:rows] for key, column in batch.items()},), (unpadded,))
             assert not any(column[rows:].any() for column in batch.values())
-
-
-def test_rows_that_processes_cannot_share(root):
-    with pytest.raises(ValueError, match="6 rows cannot be shared by 4 processes"):
-        mixed(configure(root, "moves"), process=0, processes=4)
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -344,7 +340,7 @@ def test_damaged_members_of_a_zip(root, tmp_path):
 def test_evaluation_shows_every_example_once(root, damaged, batch_size, processes, no_threads_left):
     config = configure(damaged, "moves", **{"tasks.moves.sampler": "segments"})
     task = open_tasks(config)["moves"]
-    runs = [list(evaluation_batches(task, config, batch_size, 2, 3, process=p, processes=processes)) for p in range(processes)]
+    runs = [list(evaluation_batches(task, config, batch_size, 2, 3, tiny.share(p, processes))) for p in range(processes)]
     assert {len(run) for run in runs} == {math.ceil(13 / batch_size)}
     shown, bad = [], []
     for batches in zip(*runs, strict=True):

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests import tiny
 from tests.data.sets import NUMBER, SIZES, configure, mixed, same
 from vidjoint.data.mixture import Mixture
 from vidjoint.data.schedules import SCHEDULES, steps_per_epoch
@@ -114,7 +115,7 @@ def test_any_start_and_any_processes_give_the_same(root, undecoded, schedule):
         with closing(mixed(config).iterate(start)) as tuples:
             for i, batches in enumerate(islice(tuples, 15 - start), start):
                 same(batches, direct[i])
-    halves = [mixed(config, process=process, processes=2, row_multiple=2) for process in range(2)]
+    halves = [mixed(config, rows_of=tiny.share(process, 2), row_multiple=2) for process in range(2)]
     for i in (14, 3, 0):  # any order
         for whole, *parts in zip(direct[i], *(half.step(i) for half in halves), strict=True):
             joined = {key: np.concatenate([part[key] for part in parts])[: len(whole["label"])] for key in whole}

@@ -26,7 +26,7 @@ SHARED = Path(os.environ.get("VIDJOINT_SHARED_DATA", Path(__file__).parents[3] /
         ({"train": ""}, "train is empty"),
         ({"train": "none.csv"}, "does not exist"),
         ({"train": "."}, "is a folder"),
-        ({"train": "l.csv", "source": "sql"}, "choose one of csv, folder, smarthome, tfds, demo"),
+        ({"train": "l.csv", "source": "sql"}, "choose one of csv, folder, smarthome, tfds, packed, demo"),
         ({"train": "l.csv", "media": "sound"}, "media 'sound'"),
         ({"train": "l.csv", "fold": "0/5"}, "k/n"),
         ({"train": "l.csv", "fold": "1/5", "val": "l.csv"}, "exclude each other"),
@@ -211,7 +211,7 @@ def test_names_are_compact_and_whole():
 
 
 def test_kinds_are_openers():
-    assert set(KINDS) == {"csv", "folder", "smarthome", "tfds", "demo"} and all(map(callable, KINDS.values()))
+    assert set(KINDS) == {"csv", "folder", "smarthome", "tfds", "packed", "demo"} and all(map(callable, KINDS.values()))
 
 
 # TFDS and demo

@@ -1,6 +1,9 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from tests.models import oracles
@@ -25,6 +28,60 @@ def test_attention_softmax_is_float32_in_bfloat16():
     v = jnp.array([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1) * jnp.ones((1, 2, 1, 4), jnp.bfloat16)
     out = layers.dot_product_attention(q, k, v)
     np.testing.assert_allclose(np.asarray(out, np.float32), 1 / (1 + np.exp(-0.25)), atol=4e-3)
+
+
+def plain_attention(q, k, v, mask):
+    """The definition in float64, without any of our tricks."""
+    q, k, v = (np.moveaxis(np.asarray(x, np.float64), 2, 1) for x in (q, k, v))
+    logits = q @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1])
+    return np.moveaxis(oracles.softmax(np.where(mask[:, None, None], logits, -np.inf)) @ v, 1, 2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_has_the_gradient_of_its_definition(masked):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, n, 3, 4)).astype(np.float32) for n in (5, 7, 7))
+    mask = rng.random((2, 7)) < 0.6 if masked else np.ones((2, 7), bool)
+    mask[:, 0] = True
+    weight = rng.normal(size=q.shape)
+
+    def loss(*x):
+        return (layers.dot_product_attention(*x, mask if masked else None) * weight).sum()
+
+    np.testing.assert_allclose(layers.dot_product_attention(q, k, v, mask), plain_attention(q, k, v, mask), atol=1e-5)
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+    for i, gradient in enumerate(gradients):
+        for index in [tuple(rng.integers(0, size) for size in gradient.shape) for _ in range(12)]:
+            sides = []
+            for step in (1e-6, -1e-6):
+                moved = [x.astype(np.float64) for x in (q, k, v)]
+                moved[i][index] += step
+                sides.append((plain_attention(*moved, mask) * weight).sum())
+            assert abs(gradient[index] - (sides[0] - sides[1]) / 2e-6) < 1e-5
+
+
+def test_attention_in_bfloat16_stays_near_float32():
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 50, 2, 16)) for i in range(3))
+
+    def run(*x):
+        return jax.value_and_grad(lambda *x: (layers.dot_product_attention(*x).astype(jnp.float32) ** 2).mean(), (0, 1, 2))(*x)
+
+    exact, rounded = (jax.jit(run)(*(x.astype(dtype) for x in (q, k, v))) for dtype in (jnp.float32, jnp.bfloat16))
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True):
+        assert b.dtype in (jnp.float32, jnp.bfloat16)
+        assert np.abs(np.asarray(a) - np.asarray(b, np.float32)).max() < 0.03 * np.abs(a).max()
+
+
+def test_exact_gelu_and_its_gradient():
+    x = np.linspace(-9, 9, 1001)
+    probability = np.array([0.5 * math.erfc(-value / 2**0.5) for value in x])
+    slope = probability + x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+    y, gradient = jax.jit(jax.vmap(jax.value_and_grad(layers.exact_gelu)))(x.astype(np.float32))
+    np.testing.assert_allclose(y, x * probability, atol=1e-6)
+    np.testing.assert_allclose(gradient, slope, atol=1e-6)
+    rounded = layers.exact_gelu(jnp.asarray(x, jnp.bfloat16))
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(rounded, np.float32), x * probability, atol=0.04)
 
 
 def test_mlp_uses_the_gelu_it_was_told():

@@ -137,17 +137,17 @@ def test_without_a_class_token_patches_are_averaged(mixer):
     np.testing.assert_allclose(features(model, params, clip(4))[:, :24], tokens.mean(axis=(1, 2)), atol=1e-5)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_remat_changes_nothing_but_memory(mixer):
+@pytest.mark.parametrize(("mixer", "remat"), [*((mixer, "block") for mixer in MIXERS), ("divided", "dots")])
+def test_remat_changes_nothing_but_memory(mixer, remat):
     def loss(params, model):
         return sum((x**2).sum() for x in model.logits(params, clip(4), jax.random.key(0)).values())
 
     model = tiny(mixer=mixer, drop_path=0.3)
     params = random_params(model)
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    plain, again = gradient(params, model), gradient(params, tiny(mixer=mixer, drop_path=0.3, remat="block"))
+    plain, again = gradient(params, model), gradient(params, tiny(mixer=mixer, drop_path=0.3, remat=remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, again)
-    jaxpr = str(jax.make_jaxpr(jax.grad(lambda p: loss(p, tiny(mixer=mixer, remat="block"))))(params))
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda p: loss(p, tiny(mixer=mixer, remat=remat))))(params))
     assert "checkpoint" in jaxpr or "remat" in jaxpr
 
 

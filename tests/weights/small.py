@@ -22,13 +22,14 @@ SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, interme
 
 
 def write_data(folder: Path) -> Path:
-    """`pictures.csv` and `clips.csv` with two files of each class, and `labels.json`."""
-    lines = {"pictures": [], "clips": []}
+    """`pictures.csv` and `clips.csv` with two files of each class, `labels.json`, and `others.csv`, the same pictures with other labels."""
+    lines = {"pictures": [], "clips": [], "others": []}
     for i in range(6):
         pixels = np.random.default_rng(i).integers(0, 256, (4, 5, 3), np.uint8)
         Image.fromarray(pixels).resize((20, 16), Image.Resampling.NEAREST).save(folder / f"{i}.png")
         write_clip(folder / f"{i}.mp4", i, frames=4, size=(16, 24))
         lines["pictures"].append(f'{i}.png;"{CLASSES[i % 3]}"\n')
+        lines["others"].append(f"{i}.png;{'xy'[i % 2]}\n")
         lines["clips"].append(f'{i}.mp4;"{CLASSES[i % 3]}"\n')
     for name, rows in lines.items():
         (folder / f"{name}.csv").write_text("".join(rows), encoding="utf-8")

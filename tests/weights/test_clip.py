@@ -51,6 +51,16 @@ def test_damaged_files(tmp_path):
     refused_if_damaged(saved(reference, tmp_path), reference.config.to_dict())
 
 
+@pytest.mark.parametrize(
+    "change", [{"layer_norm_eps": None}, {"layer_norm_eps": "x"}, {"hidden_act": "relu"}, {"num_attention_heads": 3}, {"vision_config": [1]}]
+)
+def test_settings_that_make_no_sense(tmp_path, change):
+    reference = model_of("CLIPVisionModel")
+    with pytest.raises(UserError, match="memory") as caught:
+        from_arrays(saved(reference, tmp_path), {"config": reference.config.to_dict() | change}, "memory")
+    assert len(caught.value.lines) == 1
+
+
 def test_a_classifier_of_unnormed_patches_is_refused(tmp_path):
     reference = model_of("CLIPForImageClassification")
     with pytest.raises(UserError, match=r"memory.*classifier.*averages"):

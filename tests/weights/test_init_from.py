@@ -312,25 +312,32 @@ def test_a_head_is_found_under_another_name(tmp_path):
     found = flat(init_from(str(tmp_path), fresh, build(config.model, {}).spec, {"moves": LABELS["actions"]}, lines.append))
     np.testing.assert_array_equal(found["heads/moves/kernel"], old["heads/actions/kernel"])
     assert lines[1:] == [f"init_from={tmp_path} (step 7): 2 parameters unused: heads/pictures/{{bias,kernel}}"]
+    planned = plan(open_weights(tmp_path), fresh, build(config.model, {}).spec, {"moves": LABELS["actions"]})
+    assert "loaded    heads/moves/kernel  [8, 3]  <- heads/actions/kernel" in planned.table().splitlines()
 
 
 def test_shapes_that_do_not_fit_are_all_listed(tmp_path):
-    write_run(tmp_path, model_config())
+    write_run(tmp_path, model_config(mixer="motion", am_flow={"bottleneck": 4}))
+    fresh = draw(model_config(mixer="motion"), LABELS, 99)
+    for block in fresh["blocks"].values():
+        block["mixer"]["temporal_fc"]["bias"] = np.zeros(9, np.float32)
+    fresh["norm"]["bias"] = np.zeros(9, np.float32)
     with pytest.raises(UserError) as caught:
-        load(tmp_path, model_config(mlp_dim=16, variant="Ti/4"))
-    lines = caught.value.lines
-    expected = {"blocks/*/mlp/fc1/kernel", "blocks/*/mlp/fc1/bias", "blocks/*/mlp/fc2/kernel", "embed/proj/kernel"}
-    hint = "the model of those weights is --config.model.variant=Ti/8 --config.model.width=8 --config.model.depth=2 --config.model.heads=2"
-    assert lines[-1] == f"init_from={tmp_path}: {hint} --config.model.mlp_dim=12"
-    assert {line.split()[1] for line in lines[:-1]} == expected
-    assert f"init_from={tmp_path}: embed/proj/kernel is [192, 8] there and [48, 8] here: use the model settings of those weights" in lines
+        init_from(str(tmp_path), fresh, build(model_config(mixer="motion").model, {}).spec, LABELS, print)
+    assert caught.value.lines == tuple(
+        f"init_from={tmp_path}: {name} is [8] there and [9] here: use the model settings of those weights"
+        for name in ("blocks/*/mixer/temporal_fc/bias", "norm/bias")
+    )
 
 
-def test_another_number_of_heads_is_an_error_though_all_shapes_fit(tmp_path):
+@pytest.mark.parametrize("changes", [dict(mlp_dim=16), dict(variant="Ti/4"), dict(heads=4), dict(width=16, depth=3)])
+def test_weights_of_another_size_are_one_line_with_their_settings(tmp_path, changes):
+    """Heads too, which no shape shows."""
     write_run(tmp_path, model_config())
     with pytest.raises(UserError) as caught:
-        load(tmp_path, model_config(heads=4))
-    assert caught.value.lines[0] == f"init_from={tmp_path}: its 8 channels are those of 2 attention heads, not 4"
+        load(tmp_path, model_config(**changes))
+    settings = " ".join(f"--config.model.{key}={value}" for key, value in dict(variant="Ti/8", width=8, depth=2, heads=2, mlp_dim=12).items())
+    assert caught.value.lines == (f"init_from={tmp_path}: those weights are of a model of another size: set {settings}, or start from others",)
 
 
 def test_a_new_class_token_has_no_position(tmp_path):

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -20,20 +20,29 @@ from vidjoint.data.video import DecodeError
 from vidjoint.data.workers import Decoder, cores, decode_ahead
 from vidjoint.errors import UserError
 
+RowsOf = Callable[[int], Sequence[int]]
+
 log = logging.getLogger(__name__)
 
 
 class Mixture:
     """The training data of a run: `mixture.step(i)`, or `mixture.iterate(i)` for the same with decoding ahead.
 
-    A batch is `{"pixels": uint8[B, T, H, W, 3], "label": int32[B], "task": int32[B], "mask": bool[B]}`, B rows of this process. Where a task of its
+    A batch is `{"pixels": uint8[B, T, H, W, 3], "label": int32[B], "task": int32[B], "mask": bool[B]}`, the B rows of this process. Where a task of its
     stream is multilabel, labels are int32[B, K], filled up by -1, with the same K in all batches of the stream. Rows whose mask is False only fill
     up the global batch to a multiple of `row_multiple` (the devices that share a batch), or stand for a file that can't be decoded and has no
     substitute either.
     """
 
-    def __init__(self, config: ConfigDict, tasks: dict[str, Task], total_steps: int, *, process: int = 0, processes: int = 1, row_multiple: int = 1):
-        """Raises UserError if a batch or the run (`total_steps`, of which `task_by_task` and `weighted` take shares) is too small for all tasks."""
+    def __init__(self, config: ConfigDict, tasks: dict[str, Task], total_steps: int, rows_of: RowsOf = range, row_multiple: int = 1):
+        """Opens the streams of a run of `total_steps`, of which `task_by_task` and `weighted` take shares.
+
+        Args:
+          rows_of: size of a global batch -> the numbers of the rows that this process reads, ascending (`sharding.local_rows`); all of them at first.
+
+        Raises:
+          UserError: a batch or the run is too small for all tasks.
+        """
         self.tasks = {name: task for name, task in tasks.items() if task.train is not None}
         self.union = union_size(config, self.tasks)
         self.steps_per_epoch = steps_per_epoch(config, self.tasks)
@@ -46,7 +55,7 @@ class Mixture:
             self._before = np.empty(len(order), np.int32)  # of them, those before each step
             for s, steps in enumerate(self.steps_of):
                 self._before[order == s] = np.arange(steps)
-        self.rows = [_rows_of(process, processes, math.ceil(stream.batch_size / row_multiple) * row_multiple) for stream in self.streams]
+        self.rows = [rows_of(math.ceil(stream.batch_size / row_multiple) * row_multiple) for stream in self.streams]
 
     def plan(self, step: int) -> list[tuple[int, int]]:
         """Which batches step `step` takes: (stream, position in the stream). From total_steps on the order starts again, and streams go on."""
@@ -108,26 +117,20 @@ class Mixture:
 
 
 def evaluation_batches(
-    task: Task, config: ConfigDict, batch_size: int, temporal: int, spatial: int, *, process: int = 0, processes: int = 1
+    task: Task, config: ConfigDict, batch_size: int, temporal: int, spatial: int, rows_of: RowsOf = range
 ) -> Iterator[dict]:
     """Yields the validation split once, in order, decoded ahead in threads; the more views, the fewer batches ahead.
 
     A batch is `{"pixels": uint8[B, V, T, H, W, 3], "label": int32[B], "index": int32[B], "mask": bool[B], "bad": [...]}`: the B rows of this process,
-    batch_size / processes, with V = temporal x spatial views; the labels of a multilabel task are int32[B, K], filled up by -1.
+    `rows_of(batch_size)`, with V = temporal x spatial views; the labels of a multilabel task are int32[B, K], filled up by -1.
     Every process yields the same number of batches. A row whose mask is False is filling, or a file that can't be decoded (named in `bad` as
     (task, index, reason)).
     """
-    decoder = _ViewBatches(task, batch_size, _rows_of(process, processes, batch_size), (temporal, spatial), config.data.threads or cores())
+    rows = rows_of(batch_size)
+    decoder = _ViewBatches(task, batch_size, rows, (temporal, spatial), config.data.threads or cores())
     numbers = range(math.ceil(len(task.val) / batch_size))
     prefetch = max(1, config.data.prefetch // (temporal * spatial))
-    return decode_ahead(decoder, numbers, batch_size // processes, prefetch)
-
-
-def _rows_of(process: int, processes: int, rows: int) -> range:
-    """Which of a global batch's `rows` a process holds."""
-    if rows % processes:
-        raise ValueError(f"{rows} rows cannot be shared by {processes} processes")
-    return range(process * (rows // processes), (process + 1) * (rows // processes))
+    return decode_ahead(decoder, numbers, len(rows), prefetch)
 
 
 # Decoding: see `Decoder.start_batch` for what a row is
@@ -144,8 +147,8 @@ class _Steps(Decoder):
         started = [self._start(self._mixture.streams[s], position, self._mixture.rows[s]) for s, position in self._mixture.plan(int(step))]
         return tuple(wait() for wait in started)
 
-    def _start(self, stream: Stream, position: int, rows: range) -> Callable[[], dict]:
-        examples = range(position * stream.batch_size, (position + 1) * stream.batch_size)[rows.start : rows.stop]
+    def _start(self, stream: Stream, position: int, rows: Sequence[int]) -> Callable[[], dict]:
+        examples = [position * stream.batch_size + int(row) for row in rows if row < stream.batch_size]  # the others are filling, at the end
         fields = {"label": np.dtype((np.int32, stream.label_shape)), "task": np.int32, "mask": bool}
         return self.start_batch(stream.__getitem__, examples, len(rows), stream.shape, fields)
 
@@ -153,13 +156,13 @@ class _Steps(Decoder):
 class _ViewBatches(Decoder):
     """Number of an evaluation batch -> the batch, the rows of one process."""
 
-    def __init__(self, task: Task, batch_size: int, rows: range, view_counts: tuple[int, int], threads: int):
+    def __init__(self, task: Task, batch_size: int, rows: Sequence[int], view_counts: tuple[int, int], threads: int):
         super().__init__(threads)
         self._task, self._batch_size, self._rows, self._view_counts = task, batch_size, rows, view_counts
 
     def map(self, number: int) -> dict:
         first = int(number) * self._batch_size
-        examples = range(len(self._task.val))[first + self._rows.start : first + self._rows.stop]
+        examples = [first + int(row) for row in self._rows if first + row < len(self._task.val)]
         shape = (math.prod(self._view_counts), *self._task.clip.shape)
         fields = {"label": np.dtype((np.int32, self._task.val.label_shape)), "index": np.int32, "mask": bool}
         return self.start_batch(self._row, examples, len(self._rows), shape, fields)()

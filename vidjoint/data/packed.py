@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from vidjoint.data.archives import OpenArchive
-from vidjoint.data.files import some
 from vidjoint.data.records import Names
 from vidjoint.data.video import DecodeError
 from vidjoint.errors import UserError
@@ -32,6 +31,11 @@ BLOCK, BLOCK_HEADER, CHUNK_HEADER = 1 << 16, 24, 40  # bytes
 PAUSES = (1.0, 5.0)  # seconds before a remote read is tried again
 
 open_shard = functools.lru_cache(maxsize=256)(OpenArchive)
+
+
+def is_packed(what: str) -> bool:
+    """Whether a path or URL names a packed dataset; every URL does."""
+    return is_url(what) or os.path.isfile(os.path.join(what, MANIFEST))
 
 
 class PackedRecords:
@@ -151,7 +155,7 @@ def open_packed(folder: str, split: str, unfinished: bool = False) -> tuple[dict
         raise UserError(f"{folder}: packing {split} has not finished: run its python -m vidjoint.pack again, which goes on where it stopped")
     try:
         with np.load(io.BytesIO(read_whole(folder, f"index-{split}.npz"))) as index:
-            return manifest, PackedRecords(folder, shard_names(split, splits[split]), dict(index))
+            return manifest, PackedRecords(folder, splits[split]["shards"], dict(index))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}/index-{split}.npz can't be read ({error}): run python -m vidjoint.pack again, which writes it anew") from None
 

@@ -2,7 +2,8 @@
 
 Kinds: `csv` (lists of `path label`, or `path label|label` in multilabel tasks, and lists as published, see lists.py), `folder` (a folder or zip with
 one folder per class; `val` may be a list), `smarthome` (Toyota Smarthome, whose file names hold classes and splits), `tfds` (a dataset prepared by
-TensorFlow Datasets) and `demo` (the embedded dataset). Everything that is missing is reported together, and so are all faults of a list.
+TensorFlow Datasets), `packed` (what `vidjoint.pack` wrote, on disk or behind a URL) and `demo` (the embedded dataset). Everything that is missing is
+reported together, and so are all faults of a list.
 """
 
 import os
@@ -27,6 +28,7 @@ from vidjoint.data.labels import (
     unusable_names,
 )
 from vidjoint.data.lists import Rows, add_kinetics, is_numeric, list_files, locate, name_files, read_list
+from vidjoint.data.packed import is_url, open_packed
 from vidjoint.data.records import FileRecords, Source, TfdsRecords, ZipRecords
 from vidjoint.data.smarthome import SPLITS, find_clips
 from vidjoint.errors import UserError
@@ -302,7 +304,7 @@ def find_classes(entries: list[str], media: str) -> tuple[str, tuple[str, ...], 
         base += classes[0] + "/"
 
 
-# smarthome, tfds and demo --------------------------------------------------------------------------------------------------------------------
+# smarthome, tfds, packed and demo -----------------------------------------------------------------------------------------------------------
 
 
 def open_smarthome(task: ConfigDict, what: str, split: str, data_root: Path) -> Source:
@@ -361,6 +363,24 @@ def open_tfds(task: ConfigDict, what: str, split: str, data_root: Path) -> Sourc
     return Source(task.media, labels, TfdsRecords(records, content, label, what), f"tfds {what}")
 
 
+def open_pack(task: ConfigDict, what: str, split: str, data_root: Path) -> Source:
+    """`what` is `FOLDER[:split]` or `URL[:split]`, by default the split that is asked for. Paths, labels and their number lie in it."""
+    match = re.fullmatch(r"(.+?)(?::([A-Za-z]\w*))?", what)
+    folder, part = match[1], match[2] or ("val" if split == "val" and task.val else "train")  # a fold's "val" is held out of train
+    manifest, records = open_packed(folder if is_url(folder) else str(data_root / Path(folder).expanduser()), part)
+    labels, media = tuple(manifest["labels"]), manifest["media"]
+    problems = []
+    if task.media != media:
+        problems.append(f"{folder} holds {media}s: set media={media}")
+    if task.classes and task.classes != len(labels):
+        problems.append(f"classes={task.classes}, but {folder} has {len(labels)} classes")
+    if task.multilabel != manifest["multilabel"]:
+        problems.append(f"multilabel={task.multilabel}, but {folder} was packed with multilabel={manifest['multilabel']}: set it so")
+    if problems:
+        raise UserError(*problems)
+    return Source(media, labels, records, f"packed {folder}:{part}", manifest["splits"][part]["missing"])
+
+
 def open_demo(task: ConfigDict, what: str, split: str, data_root: Path) -> Source:
     """`what` is `digits|appearance|motion:train|test` of the embedded dataset, opened as anyone's folder or list of files."""
     places = {f"digits:{part}": f"digits/{part}" for part in ("train", "test")}
@@ -379,4 +399,4 @@ def open_demo(task: ConfigDict, what: str, split: str, data_root: Path) -> Sourc
     return source
 
 
-KINDS = {"csv": open_csv, "folder": open_folder, "smarthome": open_smarthome, "tfds": open_tfds, "demo": open_demo}
+KINDS = {"csv": open_csv, "folder": open_folder, "smarthome": open_smarthome, "tfds": open_tfds, "packed": open_pack, "demo": open_demo}

@@ -342,7 +342,6 @@ class Video:
         picture = picture[geometry.top : geometry.top + geometry.height, geometry.left : geometry.left + geometry.width]
         return picture[:, ::-1] if geometry.flip else picture
 
-
     def _yuv(self, height: int, width: int) -> av.VideoFrame:
         """The current frame, whole and upright, as yuv420p."""
         frame = self._current[1]

@@ -32,14 +32,48 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Ar
     """softmax(q k^T / sqrt(d)) v for q float[B, N, H, d] and k, v float[B, M, H, d]; returns float[B, N, H, d].
 
     `mask` bool[B, M]: False for keys that no query may see; each sequence must keep one.
+
+    The gradient is our own: it makes the attention map again from q and k, as flash attention does (Dao et al. 2022, algorithm 4), so that none is
+    kept from the forward pass, and it divides by the softmax's sum where that is cheap, on the output.
     """
     batch, _, heads, width = q.shape
-    q, k, v = (rearrange(x, "b n h d -> (b h) n d") for x in (q, k, v))  # one batch axis: the form that every backend runs fast
-    logits = jnp.einsum("bnd,bmd->bnm", q * width**-0.5, k, preferred_element_type=jnp.float32)
-    if mask is not None:
-        logits = jnp.where(jnp.repeat(mask, heads, axis=0)[:, None], logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return rearrange(jnp.einsum("bnm,bmd->bnd", weights, v), "(b h) n d -> b n h d", b=batch, h=heads)
+    q, k, v = (rearrange(x, "b n h d -> (b h) n d") for x in (q * width**-0.5, k, v))  # one batch axis: the form that every backend runs fast
+    mask = None if mask is None else jnp.repeat(mask, heads, axis=0)[:, None]
+    return rearrange(_attend(q, k, v, mask), "(b h) n d -> b n h d", b=batch, h=heads)
+
+
+@jax.custom_vjp
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return _attend_forward(q, k, v, mask)[0]
+
+
+def _attend_forward(q, k, v, mask):
+    logits = _logits(q, k, mask)
+    most = logits.max(axis=-1, keepdims=True)
+    weights = jnp.exp(logits - most)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("bnm,bmd->bnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    out = out.astype(v.dtype)
+    return out, (q, k, v, mask, out, most, total)
+
+
+def _attend_backward(saved, grad):
+    q, k, v, mask, out, most, total = saved
+    weights = jnp.exp(_logits(q, k, mask) - most)
+    grad = grad / total  # float32
+    own = (grad * out).sum(axis=-1, keepdims=True)
+    grad = grad.astype(v.dtype)
+    to_logits = (weights * (jnp.einsum("bnd,bmd->bnm", grad, v, preferred_element_type=jnp.float32) - own)).astype(q.dtype)
+    to_v = jnp.einsum("bnm,bnd->bmd", weights.astype(v.dtype), grad)
+    return jnp.einsum("bnm,bmd->bnd", to_logits, k), jnp.einsum("bnm,bnd->bmd", to_logits, q), to_v, None
+
+
+def _logits(q, k, mask):
+    logits = jnp.einsum("bnd,bmd->bnm", q, k, preferred_element_type=jnp.float32)
+    return logits if mask is None else jnp.where(mask, logits, -jnp.inf)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 class Attention(nnx.Module):
@@ -59,8 +93,25 @@ class Attention(nnx.Module):
         return self.proj(out), q.reshape(*lead, *q.shape[1:]), k.reshape(*lead, *k.shape[1:])
 
 
+@jax.custom_vjp
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution's probability of at most x. Several times faster on CPUs than `jax.nn.gelu`, whose erfc is not vectorised."""
+    return (x * _probability(x)).astype(x.dtype)
+
+
+def _probability(x: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(x.astype(jnp.float32) * 0.5**0.5))
+
+
+def _exact_gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    density = jnp.exp(-0.5 * x.astype(jnp.float32) ** 2) * (2 * jnp.pi) ** -0.5
+    return ((grad * (_probability(x) + x * density)).astype(x.dtype),)
+
+
+exact_gelu.defvjp(lambda x: (exact_gelu(x), x), _exact_gelu_backward)
+
 GELUS = {
-    "exact": functools.partial(jax.nn.gelu, approximate=False),  # timm, Hugging Face's ViT, DINOv2, TimeSformer
+    "exact": exact_gelu,  # timm, Hugging Face's ViT, DINOv2, TimeSformer
     "tanh": functools.partial(jax.nn.gelu, approximate=True),  # Flax: the ViT of Google, big_vision, ViViT
     "quick": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP
 }

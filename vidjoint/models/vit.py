@@ -11,6 +11,11 @@ from vidjoint.models.layers import layer_norm
 from vidjoint.models.pooling import POOLS
 from vidjoint.models.spec import ViTSpec
 
+REMAT = {  # what the backward pass of a block finds stored besides the block's input
+    "block": None,  # nothing
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the outputs of dense layers, not the attention maps
+}
+
 
 class ViT(nnx.Module):
     """`embed -> blocks -> norm -> pool -> heads`. Any number of frames and any resolution that the patch divides: tables are stretched to fit."""
@@ -33,7 +38,9 @@ class ViT(nnx.Module):
         """
         x, branches = self.embed(pixels), []
         grid = pixels.shape[2] // self.spec.patch, pixels.shape[3] // self.spec.patch
-        run = nnx.remat(Block.__call__, static_argnums=3) if self.spec.remat == "block" else Block.__call__
+        run = Block.__call__
+        if self.spec.remat != "none":
+            run = nnx.remat(run, static_argnums=3, policy=REMAT[self.spec.remat])
         for i, block in enumerate(self.blocks):
             x, more = run(block, x, None if key is None else jax.random.fold_in(key, i), grid)
             branches += more

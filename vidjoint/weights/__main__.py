@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     give.add_argument("--task", default="", metavar="NAME", help="whose classifier goes along (default: the only one; vidjoint: all)")
     give.add_argument("--step", metavar="N", help="checkpoint to export, a number or best (default: the newest)")
 
-    settings = [word for word in argv if re.match(r"--?model\.\w+=", word)]
+    settings = [word for word in argv if re.match(r"--model\.", word)]
     overrides = [word for word in argv if re.match(r"--?(no)?config\.", word)]
     args = parser.parse_args([word for word in argv if word not in settings and word not in overrides])
     if args.command == "export":
@@ -70,9 +70,10 @@ def main(argv: list[str]) -> int:
     if args.bgr:
         weights = swap_colours(weights)
     if args.command == "inspect":
-        print("\n".join(map(printable, describe(weights))))
+        lines = describe(weights)
         if args.config:
-            print("", *map(printable, what_would_happen(weights, [f"--config={args.config}", *overrides]).splitlines()), sep="\n")
+            lines += ["", *what_would_happen(weights, [f"--config={args.config}", *overrides])]
+        print("\n".join(map(printable, lines)))
         return 0
     return take_in(args, weights)
 
@@ -80,7 +81,10 @@ def main(argv: list[str]) -> int:
 def take_in(args: argparse.Namespace, weights: Pretrained) -> int:
     """Writes foreign weights as a folder of ours."""
     problems = []
-    odd = [name for name in weights.unexplained if not re.fullmatch(args.allow_unused, name)]
+    try:
+        odd = [name for name in weights.unexplained if not re.fullmatch(args.allow_unused, name)]
+    except re.error as error:
+        raise UserError(f"--allow_unused={args.allow_unused}: no regular expression ({error})") from error
     if odd:
         problems.append(f"nothing is known of {len(odd)} arrays, such as {', '.join(odd[:5])}: leave them out with --allow_unused=REGEX")
     if args.labels and not weights.labels:
@@ -159,8 +163,8 @@ def grouped(weights: Pretrained) -> Iterable[str]:
         yield f"{star:{width}}  {list(shape)!s:16} {f'x {count}' if count > 1 else '':5}{origin}".rstrip()
 
 
-def what_would_happen(weights: Pretrained, argv: list[str]) -> str:
-    """The table of what an experiment would take over, without classifiers: whether class names agree is known when the data is there."""
+def what_would_happen(weights: Pretrained, argv: list[str]) -> list[str]:
+    """What an experiment would take over, in lines; of classifiers not whether class names agree, which is known when the data is there."""
     config, name = config_module.parse(argv)
     config = adopt(config, weights.config)
     if problems := validate.check_model(config):
@@ -169,15 +173,18 @@ def what_would_happen(weights: Pretrained, argv: list[str]) -> str:
     model = build(config.model, {})
     planned = plan(dataclasses.replace(weights, params=body, labels={}), model.abstract(), model.spec, {}, config.init_allow)
     old = f", or from {', '.join(weights.labels)} where the class names are the same" if weights.labels else ""
-    heads = "".join(f"new       heads/{task}{old}\n" for task in sorted(config.tasks))
-    return f"{name} with init_from={weights.source}:\n{planned.table()}{heads}" + "".join(f"{line}\n" for line in planned.warnings)
+    heads = [f"new       heads/{task}{old}" for task in sorted(config.tasks)]
+    return [f"{name} with init_from={weights.source}:", *planned.table().splitlines(), *heads, *planned.warnings]
 
 
 def _settings(words: list[str]) -> dict[str, Any]:
     """--model.KEY=VALUE words as settings. Raises UserError if a key is unknown or a value of the wrong type."""
     config, changes, problems = base_config(), {}, []
     for word in words:
-        key = word.lstrip("-").partition("=")[0].removeprefix("model.")
+        key, given, _ = word.removeprefix("--model.").partition("=")
+        if "." in key or not given:
+            problems.append(f"{word}: write --model.KEY=VALUE" if not given else f"{word}: only settings directly in config.model can be given")
+            continue
         found = config_module.override(config, f"--config.{word.lstrip('-')}")
         problems += [line.replace("--config.model.", "--model.") for line in found]
         if not found:

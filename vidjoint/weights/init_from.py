@@ -92,20 +92,19 @@ def plan(weights: Pretrained, new: Mapping, spec: ViTSpec, labels: Mapping[str, 
     found |= _inflated(found, old_spec, spec)
     found |= _copied(found, spec, new)
 
-    misfits = {  # those of all blocks in one line
-        f"{start}: {starred(name)} is {list(old.get(name, value).shape)} there and {list(new[name].shape)} here: use the model settings of those weights"
-        for name, (_, value) in found.items()
-        if value.shape != new[name].shape
-    }
-    problems = sorted(misfits)
-    if old_spec.heads != spec.heads:  # shapes don't show it
-        problems.append(f"{start}: its {old_spec.width} channels are those of {old_spec.heads} attention heads, not {spec.heads}")
+    misfits = {name for name, (_, value) in found.items() if value.shape != new[name].shape}
     sizes = ("width", "depth", "heads", "mlp_dim", "patch")
-    if problems and any(getattr(spec, key) != getattr(old_spec, key) for key in sizes):
+    problems = []
+    if old_spec.heads != spec.heads or (misfits and any(getattr(spec, key) != getattr(old_spec, key) for key in sizes)):  # no shape shows the heads
         theirs = {key: weights.config.model[key] for key in ("variant", *sizes)}
-        model = " ".join(f"--config.model.{key}={value}" for key, value in theirs.items() if value)
-        problems.append(f"{start}: the model of those weights is {model}")
-    heads = {name for name in old if name.startswith("heads/") and not any(value is old[name] for _, value in found.values())}
+        settings = " ".join(f"--config.model.{key}={value}" for key, value in theirs.items() if value)
+        problems.append(f"{start}: those weights are of a model of another size: set {settings}, or start from others")
+    else:
+        fault = f"{start}: {{}} is {{}} there and {{}} here: use the model settings of those weights"
+        shapes = {name: (list(old.get(name, found[name][1]).shape), list(new[name].shape)) for name in misfits}
+        problems += sorted({fault.format(starred(name), *shapes[name]) for name in misfits})  # a line for all blocks
+    heads_there = [name for name in old if name.startswith("heads/")]
+    heads = {name for name in heads_there if not any(value is old[name] for _, value in found.values())}
     kinds = {name: found[name][0] if name in found else "new" for name in new}
     unused = [name for name in old if name in heads or (name not in new and not name.startswith("heads/"))]
     if "loaded" not in kinds.values() and not problems:
@@ -122,7 +121,11 @@ def plan(weights: Pretrained, new: Mapping, spec: ViTSpec, labels: Mapping[str, 
     if problems:
         raise UserError(*problems)
     shape, source = {name: tuple(x.shape) for name, x in old.items()}, weights.made_from
-    lines = [Line(kinds[name], name, tuple(x.shape), shape.get(name), source.get(name, ()) if name in found else ()) for name, x in new.items()]
+    lines = []
+    for name, x in new.items():
+        taken = next((key for key in heads_there if name in found and old[key] is found[name][1]), name)  # a classifier may come from another task's
+        made_from = source.get(taken) or (taken,) * (taken != name) if name in found else ()
+        lines.append(Line(kinds[name], name, tuple(x.shape), shape.get(taken), made_from))
     lines += [Line("unused", name, shape[name], None, source.get(name, ())) for name in unused]
     warnings = [
         f"model.{key} was {getattr(old_spec, key)} there and is {getattr(spec, key)} here: is that meant?"

@@ -20,7 +20,7 @@ from vidjoint.data.labels import unusable_names
 from vidjoint.errors import UserError
 from vidjoint.models.build import OF_WEIGHTS, PRESETS, build
 from vidjoint.run_folder import RunFolder
-from vidjoint.weights.files import check_finite, find_weights, is_float, read_arrays, read_sidecars, whole_folder, write_safetensors
+from vidjoint.weights.files import MOST_JSON, check_finite, find_weights, is_float, read_arrays, read_sidecars, whole_folder, write_safetensors
 from vidjoint.weights.formats import FORMATS
 from vidjoint.weights.mapped import shown
 from vidjoint.weights.translate import NORMALISATION, TASK, Arrays, Format, Refused, translate
@@ -111,8 +111,9 @@ def is_own(path: Path) -> bool:
     if RunFolder(path).weights.is_file() or (path / "checkpoints").is_dir():
         return True
     try:
-        return "tasks" in json.loads((path / "config.json").read_bytes())  # a run that has not saved yet; others have a config.json too
-    except (OSError, ValueError, TypeError):
+        with open(path / "config.json", "rb") as file:
+            return "tasks" in json.loads(file.read(MOST_JSON))  # a run that has not saved yet; others have a config.json too
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -143,16 +144,6 @@ def rename_task(weights: Pretrained, name: str) -> Pretrained:
 
     changes = dict(params=renamed(weights.params), made_from=renamed(weights.made_from), numbered=frozenset({name} if weights.numbered else ()))
     return dataclasses.replace(weights, config=config, labels={name: names}, **changes)
-
-
-def keep_task(weights: Pretrained, name: str) -> Pretrained:
-    """The same weights without the classifiers of other tasks."""
-    config = weights.config.copy_and_resolve_references()
-    config.task_order = ()
-    for task in set(config.tasks) - {name}:
-        del config.tasks[task]
-    params = {key: value for key, value in weights.params.items() if not key.startswith("heads/") or key.startswith(f"heads/{name}/")}
-    return dataclasses.replace(weights, config=config, labels={name: weights.labels[name]}, params=params)
 
 
 def keep_task(weights: Pretrained, name: str) -> Pretrained:
@@ -213,6 +204,8 @@ def from_arrays(
         found = translate(format, arrays, config)
         settings = _sizes(found.params, config) | NORMALISATION[format.normalisation] | format.settings(found.theirs, found.params, config)
         settings |= _preprocessing(config, preprocessor)
+        if empty := [key for key, value in settings.items() if value is None]:
+            raise ValueError(f"its config.json has null where {empty[0]} should be")
         base_config().model.update(settings)  # its types are right
         names = _labels(config, found.params[f"heads/{TASK}/kernel"].shape[-1]) if f"heads/{TASK}/kernel" in found.params else ()
     except Refused as error:
@@ -220,7 +213,7 @@ def from_arrays(
     except KeyError as error:
         name = str(error.args[0])
         raise UserError(f"{source} looks like {format.what}, but lacks {', '.join(_names_in_file(format.name, name)) or name}") from error
-    except (ValueError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, IndexError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{source} looks like {format.what}, but its arrays don't fit together ({type(error).__name__}: {error})") from error
     made = base_config()
     made.model.variant = _variant(settings)
@@ -249,7 +242,11 @@ def check_shapes(weights: Pretrained) -> None:
     lines = []
     for name in sorted(wanted.keys() | found.keys()):
         theirs = ", ".join(weights.made_from.get(name) or _names_in_file(weights.format, name)) or name
-        if name not in found:
+        if theirs == name and found.get(name) != wanted.get(name):
+            shapes = (list(found.get(name, ())), list(wanted.get(name, ())))
+            fault = f"lacks {name}" if name not in found else f"has {name} {shapes[0]}"
+            lines.append(f"{weights.source} {fault}, which " + (f"is {shapes[1]} in its model" if name in wanted else "its model has no place for"))
+        elif name not in found:
             lines.append(f"{weights.source} lacks {theirs} (here {name}, {list(wanted[name])})")
         elif name not in wanted:
             lines.append(f"{weights.source} has {theirs} (here {name}, {list(found[name])}), but not the rest of what such a model has")
@@ -331,7 +328,7 @@ def _preprocessing(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -
     timm = config.get("pretrained_cfg", {})
     found = {}
     for key, name in (("mean", "image_mean"), ("std", "image_std")):
-        value = preprocessor.get(name) or timm.get(key)
+        value = preprocessor.get(name, timm.get(key))
         if value is not None:
             value = (value,) * 3 if isinstance(value, int | float) else tuple(float(v) for v in value)
             if len(value) != 3:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from vidjoint.weights.files import is_float
+
 Arrays = Mapping[str, np.ndarray]
 NORMALISATION = {  # of pixels in 0..1, where no file says it
     "half": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
@@ -232,6 +234,9 @@ def translate(format: Format, arrays: Arrays, config: dict) -> Translated:
             if found:
                 if missing := [name for name in names if name and name not in theirs]:
                     raise Refused(f"lacks {missing[0]}")
+                for name in filter(None, names):
+                    if not is_float(theirs[name].dtype):
+                        raise Refused(f"has {full.get(name, name)} as {theirs[name].dtype}, and parameters are floating-point numbers")
                 parts = [np.asarray(theirs[name] if name else np.zeros_like(found[0]), np.float32) for name in names]
                 try:
                     params[ours] = np.ascontiguousarray(rule.layout.load(parts))
