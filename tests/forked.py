@@ -1,11 +1,10 @@
-"""Runs `vidjoint.main` in several processes: python tests/forked.py FILE, with one process per line: {"argv": [...], "devices": N, "log": PATH}.
+"""Runs `vidjoint.main` in several processes. Reads lines [{"argv": [...], "devices": N, "log": PATH}, ...], answers each by process ids, then statuses.
 
-All of them are forked from this one after the imports, which take longer than a tiny run. Prints process ids at the start and statuses at the end.
+All of them are forked from this one after the imports, which take longer than a tiny run.
 """
 
 import json
 import os
-import signal
 import sys
 
 from vidjoint.main import main
@@ -25,13 +24,11 @@ def child(argv: list[str], devices: int, log: str) -> None:
 
 
 if __name__ == "__main__":
-    children = []
-    with open(sys.argv[1], encoding="utf-8") as file:
-        for line in file:
-            pid = os.fork()
-            if pid == 0:
-                child(**json.loads(line))
-            children.append(pid)
-    signal.signal(signal.SIGTERM, lambda *_: [os.kill(pid, signal.SIGKILL) for pid in children])
-    print(json.dumps(children), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]), flush=True)
+    for line in sys.stdin:
+        children = []
+        for job in json.loads(line):
+            children.append(os.fork())
+            if children[-1] == 0:
+                child(**job)
+        print(json.dumps(children), flush=True)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]), flush=True)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def get_config():
     config = tiny.config_of(Path({str(folder / "data")!r}))
     del config.tasks["clips"]
     config.update(task_order=(), schedule="mixed", total_steps=4, batch_size=6, log_every=1, checkpoint_every=2)
+    config.model.mixer = "none"
     config.eval.update(views="1x1")
     return config
 """)
@@ -53,35 +55,55 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-@contextlib.contextmanager
-def started(experiment: Path, workdir: Path, count: int, devices: int, *arguments: str):
-    """Process ids of `count` processes, and a function that waits for their statuses."""
+@pytest.fixture(scope="module")
+def forked(experiment):
+    """The process that forks all others."""
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "VIDJOINT_CACHE": str(experiment.parent / "cache")}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # each of them traces, but few compile
+    command = [sys.executable, "tests/forked.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes) as forked:
+        try:
+            yield forked
+        finally:
+            forked.kill()
+
+
+def jobs(experiment: Path, workdir: Path, count: int, devices: int, *arguments: str) -> list[dict]:
+    """What `count` processes are started with."""
     argv = [f"--config={experiment}", f"--workdir={workdir}", f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}", *arguments]
-    logs = [Path(f"{workdir}.log.{number}") for number in range(count)]
-    jobs = [{"argv": [*argv, f"--process_id={number}"], "devices": devices, "log": str(log)} for number, log in enumerate(logs)]
-    jobs_file = Path(f"{workdir}.jobs")
-    jobs_file.write_text("".join(json.dumps(job) + "\n" for job in jobs))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "VIDJOINT_CACHE": str(experiment.parent / "cache"), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "tests/forked.py", str(jobs_file)]
-    forked = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    ids = json.loads(forked.stdout.readline())
+    return [{"argv": [*argv, f"--process_id={i}"], "devices": devices, "log": f"{workdir}.log.{i}"} for i in range(count)]
+
+
+@contextlib.contextmanager
+def started(forked: subprocess.Popen, jobs: list[dict]):
+    """Process ids, and a function that waits for the statuses; those that still run in the end, or after LIMIT, are killed."""
+    forked.stdin.write(json.dumps(jobs) + "\n")
+    forked.stdin.flush()
+    ids, statuses = json.loads(forked.stdout.readline()), []
+
+    def kill() -> None:
+        for number in ids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+
+    def wait() -> list[int]:
+        statuses.extend(json.loads(forked.stdout.readline()))
+        return statuses
+
+    timer = threading.Timer(LIMIT, kill)
+    timer.start()
     try:
-        yield ids, lambda: json.loads(forked.communicate(timeout=LIMIT)[0])
+        yield ids, wait
     finally:
-        forked.send_signal(signal.SIGTERM)  # it kills its children
-        forked.wait(10)
-        forked.stdout.close()
+        timer.cancel()
+        if not statuses:
+            kill()
+            wait()
 
 
 def errors(workdir: Path, number: int) -> str:
     return Path(f"{workdir}.log.{number}.err").read_text()
-
-
-def run(experiment: Path, workdir: Path, count: int, devices: int, *arguments: str) -> Path:
-    """Runs to the end, and returns `workdir`."""
-    with started(experiment, workdir, count, devices, *arguments) as (_, statuses):
-        assert statuses() == [0] * count, errors(workdir, 0)
-    return workdir
 
 
 def wait_for(condition, what: str) -> None:
@@ -91,36 +113,34 @@ def wait_for(condition, what: str) -> None:
         time.sleep(0.1)
 
 
-def test_processes_make_the_run_of_one(experiment, tmp_path):
-    """With the same collectives to the last bit; they do without files but those of process 0, whose results are those of one process."""
-    one = run(experiment, tmp_path / "one", 1, 4)
-    step, expected = load_params(one)
-    for count, devices, *mesh in ((2, 2), (4, 1), (2, 2, "--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=4")):
-        several = run(experiment, tmp_path / f"{count}{len(mesh)}", count, devices, *mesh)
-        assert load_params(several)[0] == step == 4
-        same = np.testing.assert_array_equal
-        if mesh:  # other sums; and AdamW makes updates of rounding errors where gradients are zero, as those of the biases of keys
-            same = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)  # noqa: E731
-        width = 16
-        bias = [(tree["params"]["blocks"]["0"]["attn"]["qkv"]["bias"]) for tree in (expected, load_params(several)[1])]
-        assert bias[0].shape == (3 * width,)
-        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(load_params(several)[1]), strict=True):
-            if mesh and "qkv/bias" in jax.tree_util.keystr(path, simple=True, separator="/"):
-                x, y = np.delete(x, np.s_[width : 2 * width]), np.delete(y, np.s_[width : 2 * width])
-            same(x, y)
-        assert (several / "results.json").read_bytes() == (one / "results.json").read_bytes()
-        if not mesh:
-            for name in ("confusion.csv", "per_class.csv"):
-                assert (several / "eval" / "stills" / name).read_bytes() == (one / "eval" / "stills" / name).read_bytes()
-        assert [event["step"] for event in read_events(several / "metrics.jsonl")] == [event["step"] for event in read_events(one / "metrics.jsonl")]
-        assert len(list((several / "tensorboard").iterdir())) == 1
-        for number in range(1, count):
-            said = Path(f"{several}.log.{number}.out").read_text().splitlines() + errors(several, number).splitlines()
-            assert [line for line in said if "Gloo" not in line] == []
+def test_processes_make_the_run_of_one(experiment, forked, tmp_path):
+    """With the same collectives to the last bit. Process 0 alone writes and speaks, and its results are those of one process."""
+    one, two, four = (tmp_path / name for name in ("one", "two", "four"))
+    split = ("--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # both of the two read all rows
+    together = [*jobs(experiment, one, 1, 4), *jobs(experiment, two, 2, 2, *split), *jobs(experiment, four, 4, 1)]
+    with started(forked, together) as (_, statuses):
+        assert statuses() == [0] * 7, errors(one, 0) + errors(two, 0) + errors(four, 0)
+    (step, expected), (_, tensor), (_, rows) = map(load_params, (one, two, four))
+    assert step == 4
+    jax.tree.map(np.testing.assert_array_equal, expected, rows)
+    for tree in (expected, tensor):  # AdamW moves the biases of keys, whose gradient is zero, by rounding errors
+        bias = tree["params"]["blocks"]["0"]["attn"]["qkv"]["bias"]
+        bias[len(bias) // 3 : 2 * len(bias) // 3] = 0
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6), expected, tensor)
+    for folder, count in ((two, 2), (four, 4)):
+        for name in ("results.json", "config.json") if folder == four else ("results.json",):
+            assert (folder / name).read_bytes() == (one / name).read_bytes()
+        for name in ("confusion.csv", "per_class.csv"):
+            assert (folder / "eval" / "stills" / name).read_bytes() == (one / "eval" / "stills" / name).read_bytes()
+        assert [event["step"] for event in read_events(folder / "metrics.jsonl")] == [1, 2, 3, 4, 4]
+        assert len(list((folder / "tensorboard").iterdir())) == 1
+        for i in range(1, count):
+            said = Path(f"{folder}.log.{i}.out").read_text() + errors(folder, i)
+            assert [line for line in said.splitlines() if "Gloo" not in line] == []
     assert json.loads((one / "results.json").read_text())["tasks"]["stills"]["n"] == 13
 
 
-def test_a_lost_process_ends_the_others_and_all_go_on(experiment, tmp_path):
+def test_a_lost_process_ends_the_others_and_all_go_on(experiment, forked, tmp_path):
     workdir = tmp_path / "run"
     endless = ("--config.total_steps=100000", "--config.checkpoint_every=5")
     checkpoints = workdir / "checkpoints"
@@ -130,7 +150,7 @@ def test_a_lost_process_ends_the_others_and_all_go_on(experiment, tmp_path):
 
     for victim, signals in ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGTERM)):
         before = newest()
-        with started(experiment, workdir, 2, 1, *endless) as (ids, statuses):
+        with started(forked, jobs(experiment, workdir, 2, 1, *endless)) as (ids, statuses):
             wait_for(lambda: newest() > before, errors(workdir, 0))  # noqa: B023
             began = time.monotonic()
             os.kill(ids[victim], signals)
@@ -147,7 +167,7 @@ def test_a_lost_process_ends_the_others_and_all_go_on(experiment, tmp_path):
             assert ended == [75, 75]
             assert said[-1].endswith("and saved; the same command goes on from there")
     stopped = newest()  # another number of processes goes on
-    with started(experiment, workdir, 1, 4, *endless) as (ids, statuses):
+    with started(forked, jobs(experiment, workdir, 1, 2, *endless)) as (ids, statuses):
         wait_for(lambda: newest() > stopped, errors(workdir, 0))
         os.kill(ids[0], signal.SIGTERM)
         assert statuses() == [75]
@@ -155,8 +175,8 @@ def test_a_lost_process_ends_the_others_and_all_go_on(experiment, tmp_path):
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_mistakes_are_told_once(experiment, tmp_path):
-    with started(experiment, tmp_path / "all", 2, 1, "--config.model.mixer=nothing") as (_, statuses):
+def test_mistakes_are_told_once(experiment, forked, tmp_path):
+    with started(forked, jobs(experiment, tmp_path / "all", 2, 1, "--config.model.mixer=nothing")) as (_, statuses):
         assert statuses() == [2, 2]
     assert errors(tmp_path / "all", 0).startswith("error: model.mixer='nothing' is unknown") and errors(tmp_path / "all", 1) == ""
 
