@@ -37,6 +37,7 @@ setup(
         "tqdm",
         "tensorboardX",
         "safetensors",
+        "fsspec",  # packed datasets by URL; gs:// needs gcsfs besides, s3:// s3fs
         "ml_dtypes",  # bfloat16 for NumPy
     ],
     extras_require={

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a TPU VM of one host (up to 8 chips): create it, copy this clone there, install, run, delete.
+# Trains on a TPU VM, of one host or of many (a slice such as v4-64): create it, copy this clone to its hosts, install, run, delete.
 #
 #   launch/tpu_vm.sh [--dry_run] create|install|run|logs|delete NAME ZONE [TYPE | ARGUMENTS OF vidjoint.main ...]
 #
@@ -8,6 +8,9 @@
 #   launch/tpu_vm.sh run     cover us-central2-b --config=configs/cover_jft.py:standard --config.data_root=/mnt/data --workdir=/mnt/runs/cover
 #   launch/tpu_vm.sh logs    cover us-central2-b
 #   launch/tpu_vm.sh delete  cover us-central2-b
+#
+# The hosts of a slice find each other by themselves; they need the data at the same path, and one workdir that all of them see (a mounted bucket or
+# NFS). Host 0 alone writes the log.
 #
 # After a preemption: create and install again, then the same `run` goes on from the last checkpoint if its workdir lies on a disk or bucket that stayed.
 # Needs gcloud, logged in. --dry_run prints the commands instead of running them.
@@ -34,7 +37,7 @@ call() {
     "$@"
   fi
 }
-on_vm() { call gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --command="$1"; }
+on_vm() { call gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="${2:-all}" --command="$1"; }
 
 case $verb in
   create)
@@ -50,14 +53,14 @@ case $verb in
     archive=$(mktemp --suffix=.tar)
     trap 'rm -f "$archive"' EXIT
     call git -C "$here" archive --output="$archive" --prefix=vidjoint/ HEAD
-    call gcloud compute tpus tpu-vm scp "$archive" "$name:vidjoint.tar" --zone="$zone"
+    call gcloud compute tpus tpu-vm scp "$archive" "$name:vidjoint.tar" --zone="$zone" --worker=all
     on_vm "sudo apt-get update -q && sudo apt-get install -qy python3.11 python3.11-venv && tar xf vidjoint.tar && cd vidjoint && python3.11 -m venv .venv && .venv/bin/pip install -q -r requirements.lock && .venv/bin/pip install -q --no-deps -e . && .venv/bin/pip install -q 'jax[tpu]==0.10.2'"
     ;;
   run)
     arguments=$(printf '%q ' "$@")
     on_vm "cd vidjoint && nohup .venv/bin/python -m vidjoint.main $arguments>run.log 2>&1 </dev/null & sleep 5; tail -n 30 vidjoint/run.log"
     ;;
-  logs) on_vm "tail -n 50 -F vidjoint/run.log" ;;
+  logs) on_vm "tail -n 50 -F vidjoint/run.log" 0 ;;
   delete) call gcloud compute tpus tpu-vm delete "$name" --zone="$zone" --quiet ;;
   *)
     echo "unknown verb $verb: create, install, run, logs or delete" >&2

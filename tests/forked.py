@@ -1,4 +1,4 @@
-"""Runs `vidjoint.main` in several processes. Reads lines [{"argv": [...], "devices": N, "log": PATH}, ...], answers each by process ids, then statuses.
+"""Runs `vidjoint.main` in several processes. Reads lines [{"argv": [...], "devices": N, "log": PATH}, ...], answers each by ids, then statuses.
 
 All of them are forked from this one after the imports, which take longer than a tiny run.
 """

@@ -13,13 +13,15 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("vidjoint",),  # opens a trained model lazily: `vidjoint.load`
     ("vidjoint.main", "vidjoint.visualize", "vidjoint.benchmark", "vidjoint.pack", "vidjoint.export", "vidjoint.weights.__main__"),
+    ("vidjoint.topology",),
     ("vidjoint.train",),
     ("vidjoint.evaluate", "vidjoint.predict"),
-    ("vidjoint.classifier", "vidjoint.validate"),
+    ("vidjoint.classifier",),
     ("vidjoint.weights.",),
+    ("vidjoint.validate",),
     ("vidjoint.step", "vidjoint.run_folder", "vidjoint.check_data"),
     ("vidjoint.models.", "vidjoint.data.", "vidjoint.checkpoints", "vidjoint.optim", "vidjoint.mixup", "vidjoint.plots"),
-    ("vidjoint.losses", "vidjoint.metrics", "vidjoint.sharding", "vidjoint.config"),
+    ("vidjoint.losses", "vidjoint.metrics", "vidjoint.sharding", "vidjoint.config", "vidjoint.processes"),
     ("vidjoint.errors",),
 )
 

@@ -107,7 +107,8 @@ class Evaluator:
         batches = evaluation_batches(task, self.config, self.batch_size, temporal, spatial, rows_of)
         label, scores, reversed_scores = [], [], []
         total = math.ceil(len(task.val) / self.batch_size)
-        for batch in tqdm(batches, f"evaluate {task.name}", total=total, disable=None if jax.process_index() == 0 else True, delay=2, leave=False, unit=" batches"):
+        hidden = None if jax.process_index() == 0 else True  # None: where there is no terminal
+        for batch in tqdm(batches, f"evaluate {task.name}", total=total, disable=hidden, delay=2, leave=False, unit=" batches"):
             for bad in set(batch["bad"]) - self._named:
                 log.warning("%s: not evaluated: %s: %s", task.name, task.val.name(bad[1]), bad[2])
             self._named.update(batch["bad"])

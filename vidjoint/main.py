@@ -11,7 +11,8 @@ from pathlib import Path
 
 import jax
 
-from vidjoint import config as config_module, processes
+from vidjoint import config as config_module
+from vidjoint import processes
 from vidjoint.errors import command
 from vidjoint.evaluate import table
 from vidjoint.train import Stopped, train
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
         usage="%(prog)s --config=FILE[:ARGUMENT] [--workdir=DIR] [--config.KEY=VALUE ...] [--force_config]",
         description=__doc__.partition("\n")[0],
         epilog="Exit status: 0 done; 2 something is to be mended, and the lines on standard error say what; "
-        f"{STOPPED} stopped by SIGTERM or Ctrl-C and saved, {processes.LOST} another process of the run was lost: the same command goes on from there.",
+        f"{STOPPED} stopped by SIGTERM or Ctrl-C and saved, {processes.LOST} another process of the run was lost: the same command goes on.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE[:ARGUMENT]", help="experiment, as in configs/demo.py or configs/cover_jft.py:high_res")

@@ -9,13 +9,17 @@ import fcntl
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -90,7 +94,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quality", type=int, default=default.quality, help="of JPEG, 1 to 100 (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="copy files as they are, byte for byte")
     parser.add_argument("--shard_size", type=int, default=0, help=f"examples per shard (default: {SHARD_SIZE})")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="files encoded at a time (default: %(default)s, one per core)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that encode (default: %(default)s, one per core)")
     parser.add_argument("--allow_bad", action="store_true", help="exit with 0 even if some files are bad")
     args = parser.parse_args(argv)
     check(args)
@@ -101,16 +105,18 @@ def main(argv: list[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
         with alone_in(out):
             manifest = begin(out, args, how, plans)
+            for plan in plans:
+                write_split(out, plan, None if args.keep else how, args.workers)
+                finish_split(out, plan, manifest)
+            write_tfds(out, manifest)
+            write_atomically(out / MANIFEST, as_json(manifest))
             with ThreadPoolExecutor(args.workers) as pool:
-                for plan in plans:
-                    write_split(out, plan, args.media, None if args.keep else how, pool, args.workers)
-                    finish_split(out, plan, manifest)
-                write_tfds(out, manifest)
-                write_atomically(out / MANIFEST, as_json(manifest))
                 for plan in plans:
                     verify(out, plan, manifest, pool)
                     manifest["splits"][plan.split]["finished"] = True
             write_atomically(out / MANIFEST, as_json(manifest))
+    except BrokenProcessPool:
+        raise UserError("a worker was killed, perhaps for want of memory: lower --workers; the same command goes on where this one stopped") from None
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
     bad = sum(len(manifest["splits"][plan.split]["bad"]) for plan in plans)
@@ -225,19 +231,50 @@ def write_atomically(file: Path, content: bytes) -> None:
 # Shards
 
 
-def write_split(out: Path, plan: Plan, media: str, how: Encoding | None, pool: ThreadPoolExecutor, workers: int) -> None:
+def write_split(out: Path, plan: Plan, how: Encoding | None, workers: int) -> None:
     """Writes the shards of a split that are not there yet. A shard has its name only once it is whole."""
     shards = plan.shards
     todo = [i for i, name in enumerate(shards) if read_part(out, name) is None]
     rows = [row for shard in todo for row in plan.rows(shard)]
     done = len(plan.source) - len(rows)
-    encoded = in_order(pool, lambda row: encode(plan.source, row, media, how), rows, 2 * workers)
-    with tqdm(total=len(plan.source), initial=done, desc=f"pack {plan.split}", unit=" files", delay=2, disable=None, leave=False) as progress:
+    with (
+        encoder(plan.source, how, min(workers, len(rows)), rows) as encoded,
+        tqdm(total=len(plan.source), initial=done, desc=f"pack {plan.split}", unit=" files", delay=2, disable=None, leave=False) as progress,
+    ):
         for shard in todo:
             write_shard(out, plan, shards[shard], itertools.islice(encoded, len(plan.rows(shard))), progress)
 
 
-def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+@contextlib.contextmanager
+def encoder(source: Source, how: Encoding | None, workers: int, rows: list[int]) -> Iterator[Iterator[tuple[int, int, bytes | str]]]:
+    """`encode` of each row, in order, by so many processes: two threads that encode were no faster than one."""
+    if workers < 2:
+        yield (encode(source, row, how) for row in rows)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, start_worker, (source, how, os.getpid())) as pool:
+        yield in_order(pool, encode_here, rows, 3 * workers)
+
+
+def start_worker(source: Source, how: Encoding | None, parent: int) -> None:
+    """Readies a worker process, which ends with its parent however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent sees to the workers
+    encode_here.settings = source, how
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def encode_here(row: int) -> tuple[int, int, bytes | str]:
+    source, how = encode_here.settings
+    return encode(source, row, how)
+
+
+def in_order(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
     """Yields function(item) for each item, in order, with at most `ahead` of them under way or waiting to be taken."""
     items, running = iter(items), deque()
     try:
@@ -250,9 +287,10 @@ def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahea
             future.cancel()
 
 
-def encode(source: Source, row: int, media: str, how: Encoding | None) -> tuple[int, int, bytes | str]:
+def encode(source: Source, row: int, how: Encoding | None) -> tuple[int, int, bytes | str]:
     """The row, the size of its file in bytes (0: unknown) and what to store of it, or in words why it can't be used."""
     try:
+        media = source.media
         file = source[row][media]
         size = len(file) if isinstance(file, bytes) else os.path.getsize(file)
         if how is None:

@@ -28,9 +28,12 @@ PARTING = 10  # seconds that a process which ends on its own account leaves the 
 POLL = 1.0  # seconds between two looks for processes that have ended
 
 # What XLA says when a collective or the coordinator fails since a process is gone
-GONE = re.compile(r"Gloo.*(closed by peer|reset by peer|Broken pipe|Read error|Write error|[Tt]imed? ?out)|coordination service|^(UNAVAILABLE|ABORTED)")
+GONE = re.compile(
+    r"Gloo.*(closed by peer|reset by peer|Broken pipe|Read error|Write error|[Tt]imed? ?out)|coordination service|^(UNAVAILABLE|ABORTED)"
+)
 # What its C++ parts say on the way, on standard error: true, but no news for the user, who gets one line
 NOISE = re.compile(rb"[EFW]\d{4} .*(coordination_service|client\.h|preemption_sync|shutdown)|RPC: /xla|Additional GRPC|\*\*\* Check failure|    @ ")
+_decided: list[int] = []  # exit status, as soon as this process is about to end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,8 +180,10 @@ class Watch:
     def _exit(self, status: int, lines: list[str]) -> None:
         """Prints and ends, but not before the others could learn why."""
         say(lines)
+        _decided.append(status)
         with contextlib.suppress(Exception):
             self.client.wait_at_barrier("vidjoint/ended", 1000 * PARTING)
+        time.sleep(0 if self._me else POLL)  # with process 0 goes the coordinator
         os._exit(status)  # threads that wait for a process that has gone would hold up an orderly end
 
 
@@ -190,7 +195,9 @@ def _told(error: BaseException) -> tuple[int, list[str]]:
         return 130, ["interrupted"]
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1, []
-    return getattr(error, "exit_status", 1), [f"{error}" if hasattr(error, "exit_status") else f"error: {type(error).__name__}: {error}".splitlines()[0]]
+    if hasattr(error, "exit_status"):
+        return error.exit_status, [str(error)]
+    return 1, [f"error: {type(error).__name__}: {error}".splitlines()[0]]
 
 
 def _another_is_gone(error: BaseException | None) -> str:
@@ -247,11 +254,13 @@ def _one_line_when_aborted(line: str = ""):
     reader.start()
 
     def abort(number: int) -> None:
+        if _decided:
+            os._exit(_decided[0])
         reader.join(0.5)
         text = b"".join(said).decode(errors="replace")
         silent = re.search(r"stopped sending heartbeats\):\s*([\d,\s]*\d)", text)
         reason = f"process {silent[1].split()[0]} is silent" if silent else "the coordinator, process 0, is gone"
-        os.write(stderr, (line and f"error: {line}\n" or f"{lost(reason)}\n").encode())
+        os.write(stderr, f"{f'error: {line}' if line else lost(reason)}\n".encode())
         os._exit(LOST)
 
     callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(abort)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class Mixture:
     """The training data of a run: `mixture.step(i)`, or `mixture.iterate(i)` for the same with decoding ahead.
 
-    A batch is `{"pixels": uint8[B, T, H, W, 3], "label": int32[B], "task": int32[B], "mask": bool[B]}`, the B rows of this process. Where a task of its
+    A batch is `{"pixels": uint8[B, T, H, W, 3], "label": int32[B], "task": int32[B], "mask": bool[B]}`, B rows, of this process. Where a task of its
     stream is multilabel, labels are int32[B, K], filled up by -1, with the same K in all batches of the stream. Rows whose mask is False only fill
     up the global batch to a multiple of `row_multiple` (the devices that share a batch), or stand for a file that can't be decoded and has no
     substitute either.
@@ -116,9 +116,7 @@ class Mixture:
         return batches
 
 
-def evaluation_batches(
-    task: Task, config: ConfigDict, batch_size: int, temporal: int, spatial: int, rows_of: RowsOf = range
-) -> Iterator[dict]:
+def evaluation_batches(task: Task, config: ConfigDict, batch_size: int, temporal: int, spatial: int, rows_of: RowsOf = range) -> Iterator[dict]:
     """Yields the validation split once, in order, decoded ahead in threads; the more views, the fewer batches ahead.
 
     A batch is `{"pixels": uint8[B, V, T, H, W, 3], "label": int32[B], "index": int32[B], "mask": bool[B], "bad": [...]}`: the B rows of this process,

@@ -36,10 +36,22 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Ar
     The gradient is our own: it makes the attention map again from q and k, as flash attention does (Dao et al. 2022, algorithm 4), so that none is
     kept from the forward pass, and it divides by the softmax's sum where that is cheap, on the output.
     """
-    batch, _, heads, width = q.shape
-    q, k, v = (rearrange(x, "b n h d -> (b h) n d") for x in (q * width**-0.5, k, v))  # one batch axis: the form that every backend runs fast
+    return jax.lax.platform_dependent(q * q.shape[-1] ** -0.5, k, v, mask, cpu=_merged, default=_by_heads)
+
+
+def _merged(q, k, v, mask):
+    """One batch axis: the form that CPUs run fast."""
+    batch, _, heads, _ = q.shape
+    q, k, v = (rearrange(x, "b n h d -> (b h) n d") for x in (q, k, v))
     mask = None if mask is None else jnp.repeat(mask, heads, axis=0)[:, None]
     return rearrange(_attend(q, k, v, mask), "(b h) n d -> b n h d", b=batch, h=heads)
+
+
+def _by_heads(q, k, v, mask):
+    """Heads as an axis of their own: where they are split over devices (mesh.tensor), a merged axis would make XLA gather all of them on each."""
+    q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
+    mask = None if mask is None else mask[:, None, None]
+    return rearrange(_attend(q, k, v, mask), "b h n d -> b n h d")
 
 
 @jax.custom_vjp
@@ -52,7 +64,7 @@ def _attend_forward(q, k, v, mask):
     most = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - most)
     total = weights.sum(axis=-1, keepdims=True)
-    out = jnp.einsum("bnm,bmd->bnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    out = jnp.einsum("...nm,...md->...nd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
     out = out.astype(v.dtype)
     return out, (q, k, v, mask, out, most, total)
 
@@ -63,13 +75,13 @@ def _attend_backward(saved, grad):
     grad = grad / total  # float32
     own = (grad * out).sum(axis=-1, keepdims=True)
     grad = grad.astype(v.dtype)
-    to_logits = (weights * (jnp.einsum("bnd,bmd->bnm", grad, v, preferred_element_type=jnp.float32) - own)).astype(q.dtype)
-    to_v = jnp.einsum("bnm,bnd->bmd", weights.astype(v.dtype), grad)
-    return jnp.einsum("bnm,bmd->bnd", to_logits, k), jnp.einsum("bnm,bnd->bmd", to_logits, q), to_v, None
+    to_logits = (weights * (jnp.einsum("...nd,...md->...nm", grad, v, preferred_element_type=jnp.float32) - own)).astype(q.dtype)
+    to_v = jnp.einsum("...nm,...nd->...md", weights.astype(v.dtype), grad)
+    return jnp.einsum("...nm,...md->...nd", to_logits, k), jnp.einsum("...nm,...nd->...md", to_logits, q), to_v, None
 
 
 def _logits(q, k, mask):
-    logits = jnp.einsum("bnd,bmd->bnm", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...nd,...md->...nm", q, k, preferred_element_type=jnp.float32)
     return logits if mask is None else jnp.where(mask, logits, -jnp.inf)
 
 
