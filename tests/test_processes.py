@@ -179,6 +179,12 @@ def test_mistakes_are_told_once(experiment, forked, tmp_path):
     with started(forked, jobs(experiment, tmp_path / "all", 2, 1, "--config.model.mixer=nothing")) as (_, statuses):
         assert statuses() == [2, 2]
     assert errors(tmp_path / "all", 0).startswith("error: model.mixer='nothing' is unknown") and errors(tmp_path / "all", 1) == ""
+    two = jobs(experiment, tmp_path / "one", 2, 1)
+    two[1]["argv"].append("--config.model.mixer=nothing")
+    with started(forked, two) as (_, statuses):
+        assert statuses() == [2, 2]
+    assert errors(tmp_path / "one", 0).startswith("process 1 ended: model.mixer='nothing' is unknown")
+    assert errors(tmp_path / "one", 1).startswith("error: model.mixer='nothing' is unknown")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ POLL = 1.0  # seconds between two looks for processes that have ended
 
 # What XLA says when a collective or the coordinator fails since a process is gone
 GONE = re.compile(
-    r"Gloo.*(closed by peer|reset by peer|Broken pipe|Read error|Write error|[Tt]imed? ?out)|coordination service|^(UNAVAILABLE|ABORTED)"
+    r"Gloo.*(closed by peer|reset by peer|Broken pipe|Read error|Write error|[Tt]imed? ?out)|coordination service|waiting for .*barrier|^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)"
 )
 # What its C++ parts say on the way, on standard error: true, but no news for the user, who gets one line
 NOISE = re.compile(rb"[EFW]\d{4} .*(coordination_service|client\.h|preemption_sync|shutdown)|RPC: /xla|Additional GRPC|\*\*\* Check failure|    @ ")
@@ -206,7 +206,7 @@ def _another_is_gone(error: BaseException | None) -> str:
         text = str(error)
         if not isinstance(error, UserError) and GONE.search(text):
             return text.splitlines()[0].rpartition("] ")[2] if "Gloo" not in text else re.sub(r".*\.cc:\d+\] ", "", text.splitlines()[0])
-        error = error.__cause__
+        error = error.__cause__ or error.__context__  # the first may have come while another was dealt with
     return ""
 
 
