@@ -29,7 +29,8 @@ POLL = 1.0  # seconds between two looks for processes that have ended
 
 # What XLA says when a collective or the coordinator fails since a process is gone
 GONE = re.compile(
-    r"Gloo.*(closed by peer|reset by peer|Broken pipe|Read error|Write error|[Tt]imed? ?out)|coordination service|waiting for .*barrier|^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)"
+    r"Gloo.*(closed by peer|reset by peer|Broken pipe|Read error|Write error|[Tt]imed? ?out)|coordination service"
+    r"|waiting for .*barrier|^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)"
 )
 # What its C++ parts say on the way, on standard error: true, but no news for the user, who gets one line
 NOISE = re.compile(rb"[EFW]\d{4} .*(coordination_service|client\.h|preemption_sync|shutdown)|RPC: /xla|Additional GRPC|\*\*\* Check failure|    @ ")

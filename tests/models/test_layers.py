@@ -102,3 +102,16 @@ def test_drop_path_drops_whole_examples_and_keeps_the_mean():
     assert (y.reshape(2000, -1).min(1) == y.reshape(2000, -1).max(1)).all()
     assert abs(y.mean() - 1) < 0.05
     assert layers.drop_path(x, 0.25, None) is x
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_as_an_axis_of_their_own_change_nothing(masked):
+    """The form for devices that are no CPUs, run on one: values and gradients."""
+    q, k, v = (jax.random.normal(key, (3, 7, 2, 8)) for key in jax.random.split(jax.random.key(0), 3))
+    mask = jnp.arange(7) < jnp.array([[3], [7], [1]]) if masked else None
+
+    def results(function):
+        return jax.jit(jax.value_and_grad(lambda *arrays: (function(*arrays, mask) ** 2).sum(), argnums=(0, 1, 2)))(q, k, v)
+
+    merged, by_heads = results(layers._merged), results(layers._by_heads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), merged, by_heads)
