@@ -16,6 +16,16 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags, which only a command's entry point parses
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="tests/faults: break things as often as docs/reliability.md says, not just a few times")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether tests that repeat something at random shall repeat it many times (minutes to an hour)."""
+    return request.config.getoption("--full")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """A folder of real videos and images that is not part of the project: VIDJOINT_SHARED_DATA, or ../shared/data beside the clone."""
