@@ -37,6 +37,7 @@ setup(
         "tqdm",
         "tensorboardX",
         "safetensors",
+        "flatbuffers",  # what jax.export writes in (vidjoint.export)
         "fsspec",  # packed datasets by URL; gs:// needs gcsfs besides, s3:// s3fs
         "ml_dtypes",  # bfloat16 for NumPy
     ],
@@ -46,6 +47,10 @@ setup(
         "parity": ["torch>=2.4", "transformers>=5", "timm>=1.0.20"],
         # Only for building a data set of the TFDS catalogue (`tfds build`; builders that encode pictures or read TFRecords), not for reading one.
         "tfds": ["tensorflow>=2.21"],
+        # Only for runs with log_to=("wandb",) or ("mlflow",)
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
+        "onnx": ["jax2onnx>=0.17", "onnxruntime"],  # vidjoint.export --format=onnx
         "gpu": ["jax[cuda12]"],  # with CUDA's libraries; for CUDA 13 install jax[cuda13] in its place
         "tpu": ["jax[tpu]"],
     },

@@ -17,6 +17,7 @@ def mevit(frames: str, **tasks):
     config.batch_size = 64
     config.eval_every = 10_000
     config.init_from = "runs/cover_images_b16"  # the paper: ImageNet weights for the spatial part
+    config.init_allow = (r"blocks/1[01]/.*",)  # of the image model's twelve blocks, those that are more than ours stay unused
     config.model.update(variant="B/16", depth=11, frames=int(frames[:-1]), image_size=224, remat="block", drop_path=0.1)
     config.model.update(mixer="motion", mixer_blocks=tuple(range(4, 11)), class_token=False, pool="class_attention")
     # The paper gives no recipe; TimeSformer's, on which it builds

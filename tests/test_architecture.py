@@ -12,17 +12,33 @@ ROOT = Path(__file__).parents[1]
 # From top to bottom. A module may import modules of lower layers, and inside a package (a name that ends in a dot) those of its own.
 LAYERS = (
     ("vidjoint",),  # opens a trained model lazily: `vidjoint.load`
-    ("vidjoint.main", "vidjoint.visualize", "vidjoint.benchmark", "vidjoint.pack", "vidjoint.export", "vidjoint.weights.__main__"),
+    (
+        "vidjoint.main",
+        "vidjoint.compare",
+        "vidjoint.probe",
+        "vidjoint.visualize",
+        "vidjoint.benchmark",
+        "vidjoint.pack",
+        "vidjoint.export",
+        "vidjoint.weights.__main__",
+    ),
+    ("vidjoint.replay",),
+    ("vidjoint.speed", "vidjoint.decode_speed"),
     ("vidjoint.topology",),
+    ("vidjoint.cpu",),
     ("vidjoint.train",),
-    ("vidjoint.evaluate", "vidjoint.predict"),
+    ("vidjoint.evaluate", "vidjoint.predict", "vidjoint.summary", "vidjoint.report", "vidjoint.probes."),
     ("vidjoint.classifier",),
     ("vidjoint.weights.",),
     ("vidjoint.validate",),
+    ("vidjoint.results", "vidjoint.mistakes"),
+    ("vidjoint.anomalies",),
     ("vidjoint.step", "vidjoint.run_folder", "vidjoint.check_data"),
-    ("vidjoint.models.", "vidjoint.data.", "vidjoint.checkpoints", "vidjoint.optim", "vidjoint.mixup", "vidjoint.plots"),
-    ("vidjoint.losses", "vidjoint.metrics", "vidjoint.sharding", "vidjoint.config", "vidjoint.processes"),
-    ("vidjoint.errors",),
+    ("vidjoint.models.", "vidjoint.data.", "vidjoint.checkpoints", "vidjoint.optim", "vidjoint.mixup")
+    + ("vidjoint.plots", "vidjoint.predictions", "vidjoint.page"),
+    ("vidjoint.losses", "vidjoint.metrics", "vidjoint.sharding", "vidjoint.config", "vidjoint.processes", "vidjoint.checksums", "vidjoint.stopping"),
+    ("vidjoint.trackers",),
+    ("vidjoint.errors", "vidjoint.exported.", "vidjoint.huge_pages"),
 )
 
 

@@ -1,16 +1,24 @@
 """MACs are counted as on paper, and the command's figures have the names and the order of size that they should."""
 
 import json
+import os
+import sys
+from types import SimpleNamespace
 
+import av
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import tiny
-from vidjoint import benchmark
-from vidjoint.benchmark import as_text, macs, measure_model
-from vidjoint.config import base_config, task_config
+from vidjoint import benchmark, decode_speed, speed
+from vidjoint.benchmark import as_text, with_weights
+from vidjoint.config import base_config, parse, task_config
+from vidjoint.errors import UserError
+from vidjoint.models.build import build
+from vidjoint.models.macs import macs
+from vidjoint.speed import host_bytes, measure_model, training_macs
 
 A, B = jax.ShapeDtypeStruct((3, 5), np.float32), jax.ShapeDtypeStruct((5, 7), np.float32)
 SQUARE = jax.ShapeDtypeStruct((4, 4), np.float32)
@@ -109,22 +117,31 @@ def get_config():
     return folder / "experiment.py"
 
 
-def test_command(experiment, tmp_path, capsys):
+def test_command(experiment, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "ROUND", 0.01)
+    monkeypatch.setattr(speed, "SIDES", {"cpu": (128, 256)})
     file = tmp_path / "figures.json"
-    assert benchmark.main([f"--config={experiment}", f"--json={file}"]) == 0
+    arguments = ["--what=data,compile,step,model", "--steps=12", f"--json={file}"]
+    assert benchmark.main([f"--config={experiment}", *arguments]) == 0
     shown = capsys.readouterr().out.splitlines()
     figures = json.loads(file.read_text())
-    assert list(figures) == ["device", "jax", "model", "step", "data"]
-    model, step, data = figures["model"], figures["step"], figures["data"]
+    assert list(figures) == ["device", "jax", "dtype", "model", "compile", "step", "data"]
+    model, compiled, step, data = (figures[part] for part in ("model", "compile", "step", "data"))
     assert {"params", "trainable_params", "macs_per_view"} <= set(model)
     assert {"train_clips_per_s", "forward_clips_per_s", "mfu", "peak_bytes"} <= set(step)
-    assert {"pipeline_clips_per_s", "wait_share", "decode_8_of_300_clips_per_s_per_core"} <= set(data)
+    assert {"pipeline_clips_per_s", "wait_share"} <= set(data)
     assert model["view"] == "1x16x16" and 0 < model["trainable_params"] == model["params"] and model["macs_per_view"] > 0
     assert step["forward_clips_per_s"] > step["train_clips_per_s"] > 0 and 0 < step["mfu"] < 1 and step["peak_bytes"] > 4 * model["params"]
     assert step["train_clips_per_s"] * step["ms_per_step"] == pytest.approx(16 * 1000)
-    assert 0 <= data["wait_share"] <= 1 and data["pipeline_clips_per_s"] > 0 and data["decode_8_of_300_clips_per_s_per_core"] > 0.1
-    assert [line for line in shown if not line.startswith("  ")][1:] == ["model:", "step:", "data:"]
-    assert len(shown) == 4 + sum(len(figures[part]) for part in ("model", "step", "data"))
+    as_trained = build(parse([f"--config={experiment}"])[0].model, {"stills": 10})
+    per_view = macs(as_trained.logits, as_trained.abstract(), jax.ShapeDtypeStruct((1, 1, 16, 16, 3), np.uint8))
+    assert step["train_flops_per_s"] == pytest.approx(6 * per_view * step["train_clips_per_s"])
+    assert 0 < compiled["trace_s"] < compiled["compile_s"] == step["compile_s"] and compiled["step_argument_bytes"] > 4 * model["params"]
+    assert 0 <= data["wait_share"] <= 1 and data["pipeline_clips_per_s"] > 0 and data["training_steps"] == 12
+    assert data["host_bytes_begin"] > 1e7 and data["host_bytes_end"] == pytest.approx(data["host_bytes_begin"], rel=0.5)
+    rows = sum(len(figures[part]) for part in ("model", "compile", "step", "data"))
+    assert len(shown) == 1 + rows and [line[:8].strip() for line in shown[1:] if line[0] != " "] == ["model", "compile", "step", "data"]
+    assert len({len(line) for line in shown[1:]}) == 1  # one table
 
 
 def test_the_model_needs_no_data(experiment, tmp_path, capsys):
@@ -134,15 +151,103 @@ def test_the_model_needs_no_data(experiment, tmp_path, capsys):
         assert benchmark.main([f"--config={experiment}", f"--config.optim.freeze={freeze}", *arguments]) == 0
         figures.append(json.loads((tmp_path / "x.json").read_text()))
     trained, frozen = figures
-    assert list(frozen) == ["device", "jax", "model", "memory"]
+    assert list(frozen) == ["device", "jax", "dtype", "model", "memory"]
     assert 0 < frozen["model"]["trainable_params"] < frozen["model"]["params"]
     assert 0 < frozen["memory"]["gradient_temp_bytes"] < trained["memory"]["gradient_temp_bytes"]
 
 
+def test_frozen_parameters_cost_less():
+    config = base_config()
+    config.model.update(variant="Ti/8", width=16, depth=3, heads=2, mlp_dim=32, image_size=16, remat="block", temporal_init="random")
+    model = build(config.model, {"task": 10})
+    batches = ({"pixels": jax.ShapeDtypeStruct((2, 1, 16, 16, 3), np.uint8)},)
+
+    def cost(*freeze):
+        config.optim.freeze = freeze
+        return training_macs(config, model, batches)
+
+    everything = cost()
+    assert everything == 3 * macs(model.logits, model.abstract(), batches[0]["pixels"])
+    last, first = cost("embed/.*", "blocks/[01]/.*"), cost("blocks/[12]/.*")
+    assert everything / 3 < last < first < everything
+
+
+def test_settings_of_weights_count(tmp_path, monkeypatch):
+    config = tiny.config_of(tmp_path)
+    assert with_weights(config) == (config, [])
+    config.init_from = "absent"
+    unchanged, notes = with_weights(config)
+    assert notes[0].startswith("without the settings that come with init_from=absent: ") and unchanged == config
+    stored = config.copy_and_resolve_references()
+    stored.model.update(gelu="tanh", registers=4)
+    monkeypatch.setattr(benchmark, "open_weights", lambda source: SimpleNamespace(config=stored))
+    complete, notes = with_weights(config)
+    assert (complete.model.gelu, complete.model.registers, notes) == ("tanh", 4, []) and config.model.gelu == ""
+    assert measure_model(complete)["params"] == measure_model(config)["params"] + 4 * 16  # width 16
+    config.model.mixer = "blender"
+    with pytest.raises(UserError, match="blender"):
+        with_weights(config)
+
+
+def test_memory_of_the_family():
+    before = host_bytes()
+    held = np.ones(30_000_000, np.uint8)
+    grown = host_bytes() - before
+    assert 25e6 < grown < 60e6, held[0]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "data").mkdir()
+    tiny.write_data(folder / "data")
+    (folder / "experiment.py").write_text(f"""
+from pathlib import Path
+from tests import tiny
+get_config = lambda: tiny.config_of(Path({str(folder / "data")!r}))
+""")
+    return folder / "experiment.py"
+
+
+def test_decoding(videos, experiment, tmp_path, capsys, monkeypatch):
+    class Decord:
+        """Stands for the package: the same frames by their numbers."""
+
+        class VideoReader:
+            def __init__(self, file, num_threads, **size):
+                self.pictures = [frame.to_ndarray(format="rgb24") for frame in av.open(file).decode(video=0)]
+
+            def get_batch(self, numbers):
+                Decord.seen = np.stack([self.pictures[i] for i in numbers])
+                return self
+
+            def asnumpy(self):
+                return Decord.seen
+
+    monkeypatch.setitem(sys.modules, "decord", Decord)
+    monkeypatch.setattr(decode_speed, "FRAMES", (2, 5))
+    monkeypatch.setattr(decode_speed, "ROUNDS", 1)
+    wanted, read = [], decode_speed._read
+    monkeypatch.setattr(decode_speed, "_read", lambda clip, size: wanted.append(read(clip, size)))
+    cores = len(os.sched_getaffinity(0))
+    for gops in ("", "3,250"):
+        assert benchmark.main([f"--config={videos}", "--what=decode", f"--gops={gops}", f"--json={tmp_path / 'x.json'}"]) == 0
+        decode = json.loads((tmp_path / "x.json").read_text())["decode"]
+        assert decode["task"] == "clips" and decode["files"] == 3 and len(decode["rows"]) == 4 * max(1, len(gops.split(",")))
+        assert all(row[f"{reader}_clips_per_s"] > 0 for row in decode["rows"] for reader in ("vidjoint", "decord"))
+        assert np.array_equal(wanted[-1], Decord.seen)  # the last cell's last file, as stored: the same frames
+        assert "5 frames, as stored" in capsys.readouterr().out
+    assert wanted[-1].shape == (5, 256, 340, 3) and len(os.sched_getaffinity(0)) == cores
+    assert benchmark.main([f"--config={experiment}", "--what=decode"]) == 2
+    assert "media='video'" in capsys.readouterr().err
+
+
 def test_mistakes_are_lines(experiment, tmp_path, capsys):
     for arguments, line in {
-        ("--what=speed,model",): "--what=speed: choose from model, memory, step, data",
+        ("--what=speed,model",): "--what=speed: choose from model, memory, compile, step, data, decode",
         ("--what=",): "--what=",
+        ("--steps=0",): "--steps",
+        ("--gops=12,x",): "--gops=12,x",
         ("--config.model.mixer=blender", "--what=model"): "model.mixer='blender'",
         ("--config.no_key=1",): "no_key",
         ("--config.data_root=/absent", "--what=step"): "/absent",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -143,3 +144,59 @@ def test_files_of_many_labels(videos, tmp_path):
     assert run(tmp_path / "l.csv", f"--root={videos}", "--multilabel", f"--json={tmp_path / 'r.json'}") == 0
     report = report_of(tmp_path / "r.json")
     assert report["files"] == report["good"] == 2 and report["classes"] == {"x": 1, "y": 1, "z": 1} and not report["repeated"]
+
+
+def test_validation_is_compared_with_training(videos, tmp_path, capsys):
+    """By path, however it is written, and by content."""
+    shutil.copy(videos / "a.mp4", videos / "copy.mp4")
+    (tmp_path / "train.csv").write_text("a.mp4 0\nb c.mp4 1\n")
+    (tmp_path / "val.csv").write_text("./b c.mp4 1\ncopy.mp4 0\n")
+    assert run(tmp_path / "train.csv", f"--val={tmp_path / 'val.csv'}", f"--root={videos}", f"--json={tmp_path / 'r.json'}") == 1
+    report = report_of(tmp_path / "r.json")
+    assert report["good"] == report["files"] == 3
+    both = {Path(entry["path"]).name: [Path(place).name for place in entry["places"]] for entry in report["overlap"]}
+    assert both == {"b c.mp4": ["train.csv line 2", "val.csv line 1"], "a.mp4": ["copy.mp4"]}
+    assert report["copies"] == [[str(videos / "a.mp4"), str(videos / "copy.mp4")]] and not report["repeated"]
+    out = capsys.readouterr().out
+    assert out.count("BOTH  ") == 2 and "2 files are in both, by path or by content" in out and "1 files have the same bytes as another" in out
+
+
+def test_labels_are_checked_against_the_classes(videos, tmp_path, capsys):
+    (tmp_path / "l.csv").write_text("a.mp4 1\nb c.mp4 3\n")
+    assert run(tmp_path / "l.csv", f"--root={videos}", f"--json={tmp_path / 'r.json'}") == 0
+    assert report_of(tmp_path / "r.json")["label_warnings"] == ["train: labels leave out 0, 2: 2 of the 4 classes, 0 to 3, have no examples"]
+    assert run(tmp_path / "l.csv", f"--root={videos}", "--classes=3", f"--json={tmp_path / 'r.json'}") == 1
+    assert report_of(tmp_path / "r.json")["label_faults"] == [f"train: {tmp_path}/l.csv: labels run from 1 to 3; they must run from 0 to 2: subtract 1 from each"]
+    (tmp_path / "labels.txt").write_text("turn left\nturn right\n")
+    (tmp_path / "l.csv").write_text("a.mp4,turn left\nb c.mp4,turn back\n")
+    assert run(tmp_path / "l.csv", f"--root={videos}", f"--labels={tmp_path / 'labels.txt'}", f"--json={tmp_path / 'r.json'}") == 1
+    report = report_of(tmp_path / "r.json")
+    assert report["label_faults"] == [f"train: {tmp_path}/l.csv line 2: class 'turn back' is not among the 2 known ones (turn left, turn right)"]
+    assert report["label_warnings"] == ["'turn left' and 'turn right' become each other in a mirror: set flip=False"]
+
+
+def test_files_outside_the_root(videos, tmp_path):
+    (videos / "in").mkdir()
+    shutil.copy(videos / "a.mp4", videos / "in/a.mp4")
+    (tmp_path / "l.csv").write_text("a.mp4\n../b c.mp4\n")
+    args = (tmp_path / "l.csv", f"--root={videos / 'in'}", f"--json={tmp_path / 'r.json'}")
+    assert run(*args) == 1
+    report = report_of(tmp_path / "r.json")
+    assert [entry["error"] for entry in report["bad"]] == [f"outside {videos / 'in'} ({tmp_path}/l.csv line 2)"]
+    assert run(*args, "--allow_outside") == 0
+    report = report_of(tmp_path / "r.json")
+    assert report["outside"] == [{"path": f"{videos}/in/../b c.mp4", "place": f"{tmp_path}/l.csv line 2"}] and report["good"] == 2
+
+
+def test_limits(videos, tmp_path, capsys):
+    whole = [videos / "a.mp4", f"--json={tmp_path / 'r.json'}"]
+    assert run(*whole, "--seconds=0.0001") == 1 and "not decoded within 0.0001 s (--seconds)" in report_of(tmp_path / "r.json")["bad"][0]["error"]
+    assert run(*whole) == 0
+    assert run(*whole, "--seconds=0") == 2
+
+
+def test_names_that_act_on_a_terminal_are_escaped(videos, capsys):
+    (videos / "x\x1b[2J\ny.mp4").write_bytes(b"")
+    assert run(videos) == 1
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and f"BAD  {videos}/x\\x1b[2J\\ny.mp4: " in out

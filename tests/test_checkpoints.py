@@ -1,5 +1,6 @@
 import functools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import optax
 import pytest
 
 from vidjoint import sharding
-from vidjoint.checkpoints import Checkpoints, load_params
+from vidjoint.checkpoints import Checkpoints, _damage, load_params
+from vidjoint.checksums import FILE as SUMS
 from vidjoint.errors import UserError
 
 
@@ -156,42 +158,110 @@ def truncate(path: Path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def largest(folder: Path) -> Path:
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
 DAMAGES = {
-    "an array is cut off": lambda step: truncate(largest(step / "default")),
-    "an array is missing": lambda step: largest(step / "default").unlink(),
+    "arrays are cut off": lambda step: [truncate(path) for path in step.glob("default/**/d/*")],
+    "arrays are missing": lambda step: [path.unlink() for path in step.glob("default/**/d/*")],
     "the list of arrays is missing": lambda step: (step / "default/_METADATA").unlink(),
     "the list of arrays is empty": lambda step: (step / "default/_METADATA").write_text(""),
     "the index is cut off": lambda step: truncate(step / "default/manifest.ocdbt"),
 }
 
 
+def save_two(workdir: Path, metric: float | None = None) -> State:
+    with Checkpoints(workdir, keep=2) as saved:
+        for step in (1, 2):
+            saved.save(step, make_state(step), metric)
+    return make_state(1)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_an_error_of_one_line_that_names_it(tmp_path, capfd, damage):
-    state = make_state(1)
+def test_a_damaged_newest_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(tmp_path, capfd, caplog, damage):
+    state = save_two(tmp_path)
+    DAMAGES[damage](tmp_path / "checkpoints/2")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    step, params = load_params(tmp_path)
+    assert step == 1 and sorted(path for path in tmp_path.rglob("*")) == before, "reading for use writes nothing"
+    chex.assert_trees_all_equal(params["params"], jax.device_get(state.params), strict=True)
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path}/checkpoints/2: this checkpoint is damaged (default/") and line.endswith("): step 1 is used in its place")
+    with pytest.raises(UserError, match=f"^{tmp_path}/checkpoints/2: this checkpoint is damaged .*; delete the folder to use another step$"):
+        load_params(tmp_path, 2)
+    caplog.clear()
     with Checkpoints(tmp_path, keep=2) as saved:
-        saved.save(1, state)
+        assert saved.latest() == 1
+        assert_bit_equal(saved.restore(abstract(state)), state)
         saved.save(2, state)
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path}/checkpoints/2: this checkpoint is damaged (default/") and line.endswith(
+        "): set aside as 2.damaged, and step 1 is used"
+    )
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "2.damaged"]
     DAMAGES[damage](tmp_path / "checkpoints/2")
     with Checkpoints(tmp_path, keep=2) as saved:
-        for read in (lambda: saved.restore(abstract(state)), lambda: load_params(tmp_path)):
-            with pytest.raises(UserError, match="this checkpoint is damaged") as caught:
-                read()
-            assert str(caught.value).startswith(f"{tmp_path}/checkpoints/2: ") and "\n" not in str(caught.value)
-        assert_bit_equal(saved.restore(abstract(state), step=1), state)
+        assert saved.latest() == 1
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2.damaged", "2.damaged.again"]
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_damaged_metrics_file_is_an_error_that_names_the_folder(tmp_path):
-    with Checkpoints(tmp_path, keep=2) as saved:
-        saved.save(1, make_state(), 0.5)
-    truncate(tmp_path / "checkpoints/1/metrics/metrics")
+def test_any_flipped_bit_is_noticed(tmp_path, full):
+    """Of what is read: beside it, orbax keeps a few notes that nobody needs."""
+    save_two(tmp_path, 0.5)
+    step, rng = tmp_path / "checkpoints/2", random.Random(0)
+    files = [path for path in step.rglob("*") if path.is_file() and path.stat().st_size and path.parent != step]
+    assert len(files) > 5
+    for path in [*files, step / SUMS] * (100 if full else 2):
+        content = path.read_bytes()
+        place = rng.randrange(len(content))
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
+        assert _damage(step.parent, 2), path
+        path.write_bytes(content)
+    assert _damage(step.parent, 2) is None
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_where_no_checkpoint_is_whole_nothing_is_changed_and_each_is_named(tmp_path, capfd, sums):
+    """Starting anew by itself would be the loss of the run."""
+    save_two(tmp_path)
+    for step in (tmp_path / "checkpoints").iterdir():
+        (step / "default/_METADATA").unlink()
+        if not sums:  # as a version without them has saved it
+            (step / SUMS).unlink()
+    before = sorted(tmp_path.rglob("*"))
     for call in (lambda: Checkpoints(tmp_path, keep=2), lambda: load_params(tmp_path)):
-        with pytest.raises(UserError, match=f"^{tmp_path}/checkpoints: cannot be used.*"):
+        with pytest.raises(UserError) as caught:
             call()
+        first, *rest = caught.value.lines
+        assert first == f"{tmp_path}/checkpoints: none of the checkpoints is whole: put back a copy of one, or start anew in another folder:"
+        assert [line[:12] for line in rest] == ["  2: default", "  1: default"]
+    assert sorted(tmp_path.rglob("*")) == before and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("damage", ["arrays are cut off", "arrays are missing", "the index is cut off"])
+def test_without_checksums_damage_is_an_error_of_one_line(tmp_path, capfd, damage):
+    state = save_two(tmp_path)
+    for sums in (tmp_path / "checkpoints").rglob(SUMS):
+        sums.unlink()
+    with Checkpoints(tmp_path, keep=2) as saved:
+        assert_bit_equal(saved.restore(abstract(state), 1), state)
+        DAMAGES[damage](tmp_path / "checkpoints/2")
+        for read in (lambda: saved.restore(abstract(state), 2), lambda: load_params(tmp_path, 2)):
+            with pytest.raises(UserError, match=f"^{tmp_path}/checkpoints/2: this checkpoint is damaged") as caught:
+                read()
+            assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_metric_is_damage_too(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as saved:
+        for step, metric in ((1, 0.5), (2, 0.9), (3, 0.1)):
+            saved.save(step, make_state(), metric)
+    for sums in (tmp_path / "checkpoints").rglob(SUMS):
+        sums.unlink()
+    truncate(tmp_path / "checkpoints/2/metrics/metrics")
+    assert load_params(tmp_path, "best")[0] == 1
+    with Checkpoints(tmp_path, keep=3) as saved:
+        assert (saved.latest(), saved.best(), saved.has_metric(1)) == (3, 1, True)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2.damaged", "3"]
 
 
 def test_missing_checkpoints_are_errors_that_name_the_folder(tmp_path):

@@ -8,7 +8,7 @@ import vidjoint
 from tests import tiny
 from vidjoint.classifier import Classifier, parse_step
 from vidjoint.data.examples import ClipSpec, views
-from vidjoint.data.prediction import Window
+from vidjoint.data.prediction import Piece, Window
 from vidjoint.errors import UserError
 
 
@@ -99,8 +99,8 @@ def test_batching_changes_nothing(run, model):
 @pytest.fixture
 def batches(model, monkeypatch):
     """Sizes of the batches that go to the device."""
-    sizes, original = [], model._probabilities
-    monkeypatch.setattr(model, "_probabilities", lambda params, pixels, task: sizes.append(len(pixels)) or original(params, pixels, task))
+    sizes, original = [], model._scores
+    monkeypatch.setattr(model, "_scores", lambda params, pixels, tasks: sizes.append(len(pixels)) or original(params, pixels, tasks))
     return sizes
 
 
@@ -120,18 +120,62 @@ def test_images_and_videos_mixed_keep_their_order(run, model, tmp_path):
     clips = files_of(run)[:4]
     stills = sorted((run / "data" / "stills" / "val").rglob("*.png"))[:4]
     mixed = [path for pair in zip(clips, stills, strict=True) for path in pair]
-    answers = model.predict([*mixed, tmp_path / "absent.mp4"], topk=1)
+    answers = model.predict([*mixed, tmp_path / "absent.mp4"], "clips", topk=1)
     assert [answer["path"] for answer in answers] == [*map(str, mixed), str(tmp_path / "absent.mp4")]
     assert answers[-1] == {"path": str(tmp_path / "absent.mp4"), "error": "No such file or directory"}
-    separate = {answer["path"]: answer for answer in model.predict(clips, topk=1) + model.predict(stills, topk=1)}
+    separate = {answer["path"]: answer for answer in model.predict(clips, "clips", topk=1) + model.predict(stills, "clips", topk=1)}
     for answer in answers[:-1]:
         assert answer["labels"] == separate[answer["path"]]["labels"]
         np.testing.assert_allclose(answer["scores"], separate[answer["path"]]["scores"], atol=2e-6)
 
 
+def test_each_file_has_the_tasks_of_its_kind(run, model):
+    clip, still = files_of(run)[0], next((run / "data" / "stills" / "val").rglob("*.png"))
+    assert [(a["path"], a["task"]) for a in model.predict([clip, still])] == [(str(clip), "clips"), (str(still), "stills")]
+    both = model.predict([clip, still], ["stills", "clips"], topk=99)
+    assert [(a["path"], a["task"]) for a in both] == [(str(path), task) for path in (clip, still) for task in ("stills", "clips")]
+    assert [a["task"] for a in model.predict(clip, "all")] == ["clips", "stills"]
+    for answer in both:  # the same whether tasks are asked for together or not
+        (alone,) = model.predict(answer["path"], answer["task"], topk=99)
+        assert alone["labels"] == answer["labels"]
+        np.testing.assert_allclose(alone["scores"], answer["scores"], atol=2e-6)
+    assert model.tasks_for("x.gif") == ("clips",) and model.tasks_for("x") == ("clips",) and model.tasks_for("x.JPG") == ("stills",)
+
+
+def test_tasks_that_cut_clips_alike_share_them(model):
+    config = model.config.copy_and_resolve_references()
+    other = Classifier.__new__(Classifier)
+    other.config, other._kinds_of = config, {}
+    with config.unlocked(), config.tasks.unlocked():
+        config.tasks.more = config.tasks.clips.copy_and_resolve_references()
+        config.tasks.other = config.tasks.clips.copy_and_resolve_references()
+        config.tasks.other.sampler = "uniform"
+    kinds = other._kinds(("clips", "more", "other", "stills"))
+    assert [kind.tasks for kind in kinds] == [("clips", "more"), ("other",), ("stills",)]
+
+
+def test_pixels_and_files_are_taken_alike(run, model):
+    pixels = noise(5, 4, 16, 24, 3)
+    answers = model.predict(pixels, "clips", topk=99)
+    odds = np.exp(model.logits(pixels, "clips"))
+    for answer, row in zip(answers, odds / odds.sum(axis=1, keepdims=True), strict=True):
+        assert list(answer) == ["task", "labels", "scores"]
+        np.testing.assert_allclose(scores_by_class(answer, tiny.CLIPS), row, atol=2e-6)
+    files = files_of(run)[:3]
+    features = model.embed(files)
+    assert features.shape == (3, 16) and features.dtype == np.float32
+    spec = ClipSpec(model.config.tasks.clips, 4, (16, 24), 10**6)
+    np.testing.assert_allclose(features[1], model.embed(views({"video": str(files[1])}, spec, 2, 3)).mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(model.embed(files[1]), features[1:2], atol=1e-5)
+    with pytest.raises(UserError, match=r"none\.mp4: No such file"):
+        model.embed([files[0], "none.mp4"])
+
+
 def test_windows_are_answered_one_by_one(run, model):
     path = str(files_of(run)[0])
-    whole, first, second = model.iter_predict([Window(path), Window(path, 0.0, 0.5), Window(path, 0.5, 1.0)], "clips")
+    whole, first, second = model.iter_predict(
+        [Piece((Window(path),)), Piece((Window(path, 0.0, 0.5), Window(path, 0.5, 1.0)))], "clips"
+    )
     assert "start" not in whole and (second["start"], second["end"]) == (0.5, 1.0)
     assert list(first) == ["path", "start", "end", "task", "labels", "scores"] and first["scores"] != second["scores"]
 
@@ -143,12 +187,12 @@ def test_answers_stream(run, model):
     def endless():
         while True:
             drawn.append(path)
-            yield Window(path)
+            yield Piece((Window(path),))
 
     answers = model.iter_predict(endless(), "clips")
     for i in range(40):
         assert next(answers)["path"] == path
-        assert len(drawn) <= i + 20
+        assert len(drawn) <= i + 30
     answers.close()
 
 

@@ -103,6 +103,13 @@ def test_all_mistakes_are_told_together_with_the_nearest_key(file):
         assert line.startswith(start)
 
 
+def test_what_else_is_wrong_is_told_with_them(file):
+    argv = [f"--config={file}", "--config.batch_sise=3", "--config.batch_size=-4"]
+    with pytest.raises(UserError) as caught:
+        parse(argv, lambda config: [f"batch_size={config.batch_size} is wrong"])
+    assert len(caught.value.lines) == 2 and caught.value.lines[1] == "batch_size=-4 is wrong"
+
+
 @pytest.mark.parametrize("key", ["optim..lr", "optim.lr.x", "lock", "", "tasks['digits'].flip"])
 def test_strange_keys_are_unknown_keys(file, key):
     change = f"--config.{key}=1"
@@ -143,7 +150,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_mistake_in_a_file_is_told_with_its_line(file, old, new, line):
     file.write_text(FILE.replace(old, new, 1) if old != "vidjoint.config" else FILE.replace(old, new))
     (told,) = problems(f"--config={file}")
-    assert re.sub(r"\d+ keys", "68 keys", told) == f"{file}{line}"
+    assert re.sub(r"\d+ keys are missing, such as \w+", "68 keys are missing, such as batch_size", told) == f"{file}{line}"
 
 
 def test_a_wrong_argument_is_an_error_of_the_file(file):

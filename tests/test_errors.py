@@ -1,5 +1,6 @@
 """Errors of the user's become lines, and commands end with the status that says how they ended."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vidjoint.errors import UserError, command
+from vidjoint.errors import UserError, command, printable
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,3 +81,10 @@ sys.exit(main())
         process.stdin.write("go on\n")
         process.stdin.close()
         assert process.stderr.read() == "" and process.wait(60) == 141
+
+
+def test_what_may_be_printed():
+    assert printable("é 漢字\u3000x\u00a0y.mp4") == "é 漢字\u3000x\u00a0y.mp4"
+    assert printable("a\nb\tc\x1b[2J\u202e\udce9\x07") == r"a\nb\tc\x1b[2J\u202e\udce9\x07"
+    assert printable("é 漢", io.TextIOWrapper(io.BytesIO(), "ascii")) == r"\xe9 \u6f22"
+    assert printable("é 漢", io.TextIOWrapper(io.BytesIO(), "latin-1")) == r"é \u6f22"

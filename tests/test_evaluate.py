@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vidjoint import evaluate
+from vidjoint import evaluate, predictions
 from vidjoint.data.examples import views
 from vidjoint.data.tasks import open_tasks
 from vidjoint.evaluate import Evaluator, TaskResult
+from vidjoint.metrics import calibration
 from vidjoint.sharding import make_mesh
 
 PARAMS = {
@@ -75,6 +76,7 @@ def test_every_example_counts_once_on_any_devices_and_batches(config, tasks, dev
     assert list(results) == ["clips", "stills"]
     for name, result in results.items():
         source = tasks[name].val
+        assert result.index.tolist() == list(range(len(source))) and result.source is source
         assert result.label.tolist() == [source[i]["label"] for i in range(len(source))] and len(source) == tiny.VALIDATION[name]
         np.testing.assert_allclose(result.scores, expected(tasks[name], 1, 1), atol=1e-5)
         assert result.undecodable == 0 and result.labels == {"clips": tiny.CLIPS, "stills": tiny.STILLS}[name]
@@ -105,12 +107,12 @@ def test_files_that_cannot_be_decoded_are_left_out_and_named_once(config, tmp_pa
     (tmp_path / "list.csv").write_text("".join(f"{i}.mp4 {i}\n" for i in range(4)))
     config = config.copy_and_resolve_references()
     del config.tasks["stills"]
-    config.tasks.clips.update(train=str(tmp_path / "list.csv"), val=str(tmp_path / "list.csv"))
+    config.tasks.clips.update(train=str(tmp_path / "list.csv"), val=str(tmp_path / "list.csv"), root=str(tmp_path))
     evaluator = evaluator_of(config, open_tasks(config))
     with caplog.at_level(logging.WARNING, "vidjoint"):
         for _ in range(2):
             result = evaluator.run(PARAMS, (1, 1), reverse=False)["clips"]
-    assert result.label.tolist() == [0, 1, 3] and result.undecodable == 1 and result.summary()["undecodable"] == 1
+    assert result.label.tolist() == result.index.tolist() == [0, 1, 3] and result.undecodable == 1 and result.summary()["undecodable"] == 1
     assert [record.getMessage() for record in caplog.records] == [
         f"clips: not evaluated: {tmp_path / '2.mp4'}: no video, or damaged at its head: Invalid data found when processing input"
     ]
@@ -150,22 +152,89 @@ def test_reports(tmp_path):
         ["1", "1", "1.0"],
     ]
     for name in ("x", "y"):
-        assert (tmp_path / f"eval/{name}/confusion.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"confusion_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_probabilities():
+    logits = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32) * 40
+    one = TaskResult(("a", "b", "c"), np.array([0, 1, 2, 0]), logits, None, logits=True)
+    np.testing.assert_allclose(one.probabilities, softmax(logits.astype(float)), atol=1e-6)
+    several = TaskResult(("a", "b", "c"), np.array([[0], [1], [2], [0]]), logits, None, logits=True)
+    np.testing.assert_allclose(several.probabilities, 1 / (1 + np.exp(-logits.astype(float))), atol=1e-6)
+    assert TaskResult(("a", "b", "c"), np.array([0]), logits[:1], None).probabilities is not None
+
+
+def test_predictions_say_what_was_evaluated(config, tasks, tmp_path):
+    """Top-1 from the file is that of the results, also with averaged logits, files named by bytes that are no text, and ties."""
+    for average in ("softmax", "logits"):
+        results = evaluator_of(config, tasks, average=average).run(PARAMS, (2, 1), reverse=False)
+        evaluate.write_predictions(results, tmp_path)
+        assert predictions.tasks_in(tmp_path) == ["clips", "stills"]
+        for name, result in results.items():
+            found = predictions.read(predictions.file_of(tmp_path, name))
+            assert list(found.paths) == [tasks[name].val.name(i) for i in range(len(tasks[name].val))] and not found.multilabel
+            assert found.correct.mean() == result.summary()["top1"]
+            in_five = [own[0] in best for own, best in zip(found.labels, found.top, strict=True)]
+            assert np.mean(in_five) == result.summary()["top5"]
+            expect = result.scores if average == "softmax" else softmax(result.scores)
+            np.testing.assert_allclose(found.scores, expect[np.arange(len(expect)), result.label], rtol=1e-5)
+            np.testing.assert_allclose(found.top_scores, -np.sort(-expect, axis=1)[:, :5], rtol=1e-5)
+            assert calibration(found.confidence, found.correct)["ece"] == pytest.approx(result.details()["calibration"]["ece"], abs=1e-4)
+
+
+def test_predictions_keep_odd_names_and_multilabel_rows(tmp_path):
+    names, classes = ["a\udcff,b.mp4", 'line\nbreak".mp4', "x"], ("left, up", "größer", "c")
+    scores = np.array([[0.5, 0.5, 0.0], [0.2, 0.2, 0.6], [np.nan] * 3], np.float32)
+    predictions.write(tmp_path / "p.csv", names, np.array([1, 2, 0]), scores, classes)
+    found = predictions.read(tmp_path / "p.csv")
+    assert list(found.paths) == names and found.labels == (("größer",), ("c",), ("left, up",))
+    assert [best[0] for best in found.top[:2]] == ["left, up", "c"] and found.correct.tolist() == [False, True, False]
+    assert found.top_scores.shape == (3, 3) and np.isnan(found.confidence[2])
+
+    predictions.write(tmp_path / "m.csv", names, np.array([[1, 0], [2, -1], [-1, -1]]), scores, classes)
+    found = predictions.read(tmp_path / "m.csv")
+    assert found.multilabel and found.labels == (("größer", "left, up"), ("c",), ()) and found.correct.tolist() == [True, True, False]
+    assert found.scores[:2].tolist() == [0.5, 0.6] and np.isnan(found.scores[2])
+
+    predictions.write(tmp_path / "none.csv", [], np.zeros(0, int), np.zeros((0, 3)), classes)
+    assert predictions.read(tmp_path / "none.csv").top_scores.shape[0] == 0
 
 
 # The command
 
 
 @pytest.fixture
-def command(run, capsys):
+def command(run, capsys, monkeypatch, tmp_path):
     """Runs the command; returns its exit status, standard output and error lines."""
+    monkeypatch.setenv("VIDJOINT_CACHE", str(tmp_path / "cache"))
+    cache = jax.config.jax_compilation_cache_dir
 
     def call(*arguments, workdir=run):
         status = evaluate.main([f"--workdir={workdir}", *map(str, arguments)])
         captured = capsys.readouterr()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "xla") or status == 2
         return status, captured.out, captured.err.splitlines()
 
-    return call
+    yield call
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def test_command_shows_classes_and_calibration(command, run, tmp_path):
+    """One class at a time, from the predictions that it writes besides."""
+    status, shown, errors = command("--per_class", f"--json={tmp_path / 'r.json'}", "--views=1x1", f"--predictions={tmp_path}")
+    assert status == 0 and not errors
+    for name, task in json.loads((tmp_path / "r.json").read_text())["tasks"].items():
+        found = predictions.read(predictions.file_of(tmp_path, name))
+        labels = [own[0] for own in found.labels]
+        for row in task["per_class"]:
+            own = [i for i, label in enumerate(labels) if label == row["label"]]
+            assert (row["examples"], row["correct"]) == (len(own), found.correct[own].sum())
+            assert f"{row['label']:<32} {len(own):>8} {100 * row['top1']:>6.1f} %" in shown
+        shares = [row["top1"] for row in task["per_class"] if row["top1"] is not None]
+        assert task["mean_class_top1"] == pytest.approx(np.mean(shares)) and f"mean over the classes: {100 * np.mean(shares):.1f} %" in shown
+        assert task["calibration"]["ece"] == pytest.approx(calibration(found.confidence, found.correct)["ece"], abs=1e-4)
+        assert f"calibration error (ECE): {100 * task['calibration']['ece']:.1f} %" in shown
+    assert not list(run.glob("predictions_*"))
 
 
 def test_command_writes_what_it_shows(command, run, tmp_path):
@@ -212,6 +281,7 @@ def test_mistakes_are_one_line_each(command, run, tmp_path):
         ("--step=7",): [f"error: {run}/checkpoints: no checkpoint of step 7; there are 10, 20"],
         ("--step=last",): ["error: --step=last: write the number of a checkpoint, or best"],
         ("--batch_size=0",): ["error: --batch_size=0: at least 1"],
+        (f"--predictions={tmp_path}/absent",): [f"error: --predictions={tmp_path}/absent is not a folder: make it, or name another"],
         (f"--json={tmp_path}/absent/x.json",): [
             f"error: --json={tmp_path}/absent/x.json can't be written: name a file in a folder that exists and is yours"
         ],

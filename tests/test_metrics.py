@@ -11,7 +11,9 @@ from vidjoint.metrics import (
     Summary,
     average_precision,
     best_label,
+    calibration,
     count_confusion,
+    mean_per_class,
     per_class,
     positives,
     read_events,
@@ -139,6 +141,43 @@ def test_per_class_and_csv(tmp_path):
     assert header[1:] == labels and [row[0] for row in body] == labels
     np.testing.assert_array_equal([[int(cell) for cell in row[1:]] for row in body], matrix)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["classes.csv", "confusion.csv"]
+
+
+def expected_ece(confidence, correct, bins):
+    """One bin at a time, as the paper writes it."""
+    total = 0.0
+    for b in range(1, bins + 1):
+        inside = [i for i, p in enumerate(confidence) if (b - 1) / bins < p <= b / bins]
+        if inside:
+            accuracy = sum(correct[i] for i in inside) / len(inside)
+            total += len(inside) / len(confidence) * abs(accuracy - sum(confidence[i] for i in inside) / len(inside))
+    return total
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15])
+def test_calibration(bins):
+    rng = np.random.default_rng(bins)
+    confidence = rng.uniform(0.01, 1, 500)
+    confidence[:3] = 1.0, 1 / 15, 0.1  # ends of bins
+    correct = rng.random(500) < confidence**2
+    result = calibration(confidence, correct, bins)
+    assert result["ece"] == pytest.approx(expected_ece(confidence, correct, bins), abs=1e-12)
+    assert sum(bar["examples"] for bar in result["bins"]) == 500 and len(result["bins"]) == bins
+    assert all(bar["from"] < bar["confidence"] <= bar["to"] and 0 <= bar["accuracy"] <= 1 for bar in result["bins"])
+    json.dumps(result, allow_nan=False)
+
+
+def test_calibration_of_the_sure_the_right_and_the_unknown():
+    assert calibration([1.0, 1.0, 0.0], [True, True, False])["ece"] == 0
+    assert calibration([0.9] * 10, [True] * 9 + [False])["ece"] == pytest.approx(0)
+    assert calibration([1.0] * 4, [True, False, False, False])["ece"] == pytest.approx(0.75)
+    assert calibration([np.nan, 0.5], [False, True])["ece"] == pytest.approx(0.5)
+    assert calibration([], []) == {"ece": None, "bins": []}
+
+
+def test_mean_over_the_classes():
+    assert mean_per_class(per_class(np.array([[3, 1, 0], [0, 0, 0], [0, 2, 4]]), "abc")) == pytest.approx((3 / 4 + 4 / 6) / 2)
+    assert mean_per_class(per_class(np.zeros((2, 2), int), "ab")) is None
 
 
 # The training log

@@ -244,7 +244,7 @@ def test_what_a_run_leaves_behind(run, capsys):
     assert list(tasks["kinds"]) == ["n", "classes", "top1", "top5"]
     assert (tasks["tags"]["n"], tasks["tags"]["classes"]) == (3, 4) and 0 < tasks["tags"]["map"] <= 1
     assert {path.name for path in (run / "eval/tags").iterdir()} == {"per_class.csv"}
-    assert "confusion.png" in {path.name for path in (run / "eval/kinds").iterdir()} and (run / "curves.png").exists()
+    assert all((run / name).exists() for name in ("confusion_kinds.png", "curves.png", "predictions_tags.csv"))
     events = read_events(run / "metrics.jsonl")
     assert events[-1]["val/tags/map"] == pytest.approx(tasks["tags"]["map"], rel=1e-5) and "val/kinds/map" not in events[-1]
     scores = {event["step"]: (event["val/tags/map"] + event["val/kinds/top1"]) / 2 for event in events if "val/tags/map" in event}

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -106,6 +107,11 @@ def errors(workdir: Path, number: int) -> str:
     return Path(f"{workdir}.log.{number}.err").read_text()
 
 
+def newest(workdir: Path) -> int:
+    """The newest step that is saved, 0 if there is none."""
+    return max((int(file.name) for file in (workdir / "checkpoints").glob("*") if file.name.isdigit()), default=0)
+
+
 def wait_for(condition, what: str) -> None:
     end = time.monotonic() + LIMIT
     while not condition():
@@ -128,7 +134,7 @@ def test_processes_make_the_run_of_one(experiment, forked, tmp_path):
         bias[len(bias) // 3 : 2 * len(bias) // 3] = 0
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6), expected, tensor)
     for folder, count in ((two, 2), (four, 4)):
-        for name in ("results.json", "config.json") if folder == four else ("results.json",):
+        for name in ("results.json", "config.json", "predictions_stills.csv") if folder == four else ("results.json",):
             assert (folder / name).read_bytes() == (one / name).read_bytes()
         for name in ("confusion.csv", "per_class.csv"):
             assert (folder / "eval" / "stills" / name).read_bytes() == (one / "eval" / "stills" / name).read_bytes()
@@ -143,15 +149,10 @@ def test_processes_make_the_run_of_one(experiment, forked, tmp_path):
 def test_a_lost_process_ends_the_others_and_all_go_on(experiment, forked, tmp_path):
     workdir = tmp_path / "run"
     endless = ("--config.total_steps=100000", "--config.checkpoint_every=5")
-    checkpoints = workdir / "checkpoints"
-
-    def newest() -> int:
-        return max((int(file.name) for file in checkpoints.glob("*") if file.name.isdigit()), default=0)
-
     for victim, signals in ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGTERM)):
-        before = newest()
+        before = newest(workdir)
         with started(forked, jobs(experiment, workdir, 2, 1, *endless)) as (ids, statuses):
-            wait_for(lambda: newest() > before, errors(workdir, 0))  # noqa: B023
+            wait_for(lambda: newest(workdir) > before, errors(workdir, 0))  # noqa: B023
             began = time.monotonic()
             os.kill(ids[victim], signals)
             ended = statuses()
@@ -166,13 +167,38 @@ def test_a_lost_process_ends_the_others_and_all_go_on(experiment, forked, tmp_pa
         else:
             assert ended == [75, 75]
             assert said[-1].endswith("and saved; the same command goes on from there")
-    stopped = newest()  # another number of processes goes on
+    stopped = newest(workdir)  # another number of processes goes on
     with started(forked, jobs(experiment, workdir, 1, 2, *endless)) as (ids, statuses):
-        wait_for(lambda: newest() > stopped, errors(workdir, 0))
+        wait_for(lambda: newest(workdir) > stopped, errors(workdir, 0))
         os.kill(ids[0], signal.SIGTERM)
         assert statuses() == [75]
     steps = [event["step"] for event in read_events(workdir / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.timeout(100 * LIMIT)
+def test_a_process_killed_inside_a_save(experiment, forked, tmp_path, full):
+    """Both of two processes save after every step, so that orbax's barriers are where the other one waits. It ends with one line, and all go on."""
+    workdir, draw = tmp_path / "run", random.Random(0)
+    often = ("--config.total_steps=100000", "--config.checkpoint_every=1")
+    for turn in range(20 if full else 1):
+        victim, before = turn % 2, newest(workdir)
+        with started(forked, jobs(experiment, workdir, 2, 1, *often)) as (ids, statuses):
+            wait_for(lambda: newest(workdir) > before, errors(workdir, 0))  # noqa: B023
+            wait_for(lambda: any((workdir / "checkpoints").glob("*tmp*")), errors(workdir, 0))
+            time.sleep(draw.choice((0, 0, draw.uniform(0, 0.3))))
+            inside = [file.name for file in (workdir / "checkpoints").glob("*tmp*")]
+            began = time.monotonic()
+            os.kill(ids[victim], signal.SIGKILL)
+            ended = statuses()
+            seconds = time.monotonic() - began
+        said = errors(workdir, 1 - victim).splitlines()
+        print(f"turn {turn}: process {victim} killed in {inside}: others ended with {ended} after {seconds:.1f} s: {said}")
+        assert seconds < 60
+        assert ended[victim] == -signal.SIGKILL and ended[1 - victim] == processes.LOST, said
+        assert len(said) == 1 and said[0].startswith("error: another process of the run was lost ("), said
+    steps = [event["step"] for event in read_events(workdir / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)) and steps[-1] >= newest(workdir) > 0
 
 
 def test_mistakes_are_told_once(experiment, forked, tmp_path):
@@ -185,6 +211,52 @@ def test_mistakes_are_told_once(experiment, forked, tmp_path):
         assert statuses() == [2, 2]
     assert errors(tmp_path / "one", 0).startswith("process 1 ended: model.mixer='nothing' is unknown")
     assert errors(tmp_path / "one", 1).startswith("error: model.mixer='nothing' is unknown")
+
+
+def slurm_jobs(experiment: Path, workdir: Path, **more) -> list[dict]:
+    """Two processes that know each other by what Slurm tells them, as `srun --ntasks=2` would start them on one node."""
+    for number in random.sample(range(1, 4096), 100):  # the coordinator's port follows from the job's number
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", 65535 - 4095 + number))
+            break
+    told = {"SLURM_JOB_ID": number, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2}
+    own = [told | {"SLURM_PROCID": i, "SLURM_LOCALID": i} for i in range(2)]
+    argv = [f"--config={experiment}", f"--workdir={workdir}"]
+    logs = [f"{workdir}.log.{i}" for i in range(2)]
+    return [
+        {"argv": argv, "devices": 1, "log": log, "environment": {name: str(value) for name, value in variables.items()}, **more}
+        for log, variables in zip(logs, own, strict=True)
+    ]
+
+
+PRIVATE = ["jax._src.clusters", "jax._src.distributed"]  # what vidjoint.processes asks of JAX by names that it may change
+
+
+def test_slurm_is_enough_and_so_is_what_jax_does_by_itself(experiment, forked, tmp_path):
+    """A run without --coordinator; and one more with a JAX in which the private names that vidjoint.processes likes to use are gone."""
+    slurm, bare = tmp_path / "slurm", tmp_path / "bare"
+    with started(forked, slurm_jobs(experiment, slurm) + slurm_jobs(experiment, bare, hidden=PRIVATE)) as (_, statuses):
+        assert statuses() == [0] * 4, errors(slurm, 0) + errors(bare, 0)
+    for folder in (slurm, bare):
+        assert json.loads((folder / "results.json").read_text())["tasks"]["stills"]["n"] == 13
+        assert [event["step"] for event in read_events(folder / "metrics.jsonl")] == [1, 2, 3, 4, 4]
+        assert [line for line in errors(folder, 1).splitlines() if "Gloo" not in line] == []
+
+
+def test_without_the_private_names_a_lost_process_still_ends_the_others(experiment, forked, tmp_path, full):
+    if not full:
+        pytest.skip("needs --full: two more runs")
+    for victim in range(2):
+        workdir = tmp_path / str(victim)
+        endless = jobs(experiment, workdir, 2, 1, "--config.total_steps=100000", "--config.checkpoint_every=5")
+        with started(forked, [job | {"hidden": PRIVATE} for job in endless]) as (ids, statuses):
+            wait_for(lambda: newest(workdir) > 0, errors(workdir, 0))  # noqa: B023
+            began = time.monotonic()
+            os.kill(ids[victim], signal.SIGKILL)
+            ended = statuses()
+        assert time.monotonic() - began < 60 and ended[1 - victim] == processes.LOST
+        said = errors(workdir, 1 - victim).splitlines()
+        assert len(said) == 1 and said[0].startswith("error: another process of the run was lost ("), said
 
 
 @pytest.mark.parametrize(
@@ -214,3 +286,10 @@ def test_one_process_by_itself(monkeypatch):
     assert processes._cluster_size() == 1
     monkeypatch.setenv("SLURM_NTASKS", "3")
     assert processes._cluster_size() == 3
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.delenv(name)
+    for name in PRIVATE:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert processes._cluster_size() is None and processes._key_value_store() is None
+    with processes.joined(parser.parse_args([])):  # JAX itself finds no cluster
+        assert not jax.distributed.is_initialized()

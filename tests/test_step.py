@@ -5,6 +5,7 @@ A compilation takes seconds and a step none, so tests share configs and shapes a
 
 import dataclasses
 import functools
+import types
 
 import chex
 import jax
@@ -291,6 +292,125 @@ def test_bfloat16_computes_what_float32_does_within_its_precision():
         losses[dtype] = [first["loss"], second["loss"], first["grad_norm"]]
     assert losses["bfloat16"] != losses["float32"]
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.02)
+
+
+def small(mode="shared", accumulate=1, **settings):
+    """A config of two tasks and a model that is one layer: compiled in no time. Its loss is NaN where a pixel is."""
+    config = base_config()
+    config.accumulate = accumulate
+    config.optim.update(per_task=mode, lr=0.1, schedule="constant", **settings)
+    classes = {"a": 3, "b": 2}
+    for name in classes:
+        config.tasks[name] = task_config(loss_weight=0.5)
+    rng = np.random.default_rng(0)
+    params = {"embed": {"kernel": (48, 8)}, "heads": {name: {"kernel": (8, count)} for name, count in classes.items()}}
+    params = jax.tree.map(lambda shape: rng.normal(size=shape).astype(np.float32), params, is_leaf=lambda x: isinstance(x, tuple))
+
+    def logits(params, pixels, key):
+        features = jnp.tanh(pixels.reshape(len(pixels), -1) / 1024 @ params["embed"]["kernel"])
+        return {name: features @ params["heads"][name]["kernel"] for name in classes}
+
+    optimizer = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, 1000, 10), len(classes))
+    return config, init_state(config, params, optimizer), make_train_step(config, types.SimpleNamespace(logits=logits), optimizer)
+
+
+def small_batch(seed: int, tasks: list[int], fault=None) -> tuple[dict]:
+    rng = np.random.default_rng(seed)
+    pixels = rng.uniform(0, 256, (len(tasks), 1, 4, 4, 3)).astype(np.float32)
+    if fault is not None:
+        pixels[-1, 0, 2, 2, 1] = fault
+    mask = np.ones(len(tasks), bool) if fault != 0 else np.zeros(len(tasks), bool)
+    return ({"pixels": pixels, "label": np.arange(len(tasks), dtype=np.int32) % 2, "task": np.int32(tasks), "mask": mask},)
+
+
+PER_TASK = ("shared", "independent", "cumulative_ref", "accumulated")
+
+
+@pytest.mark.parametrize("mode", PER_TASK)
+def test_a_step_that_is_not_finite_changes_nothing(mode):
+    _, state, train_step = small(mode, name="adamw", weight_decay=0.1, ema=0.9)
+    train_step = jax.jit(train_step)
+    for i in range(2):
+        state, metrics = train_step(state, small_batch(i, [i] * 4))
+        assert metrics["skipped"] == 0
+    for fault in (np.nan, np.inf):
+        after, metrics = train_step(state, small_batch(2, [0] * 4, fault))
+        assert metrics["skipped"] == 1 and not np.isfinite(metrics["grad_norm"]) and after.step == state.step + 1
+        chex.assert_trees_all_equal((after.params, after.ema), (state.params, state.ema))
+        moments, before = ({name: x for name, x in flat(tree.opt_state).items() if x.ndim} for tree in (after, state))
+        if mode == "cumulative_ref":  # a round begins with nothing
+            moments, before = ({name: x for name, x in tree.items() if "/sum/" not in name} for tree in (moments, before))
+        chex.assert_trees_all_equal(moments, before)
+    last, metrics = train_step(after, small_batch(3, [1] * 4))
+    assert metrics["skipped"] == 0 and (last.params["embed"]["kernel"] != after.params["embed"]["kernel"]).any()
+
+
+@pytest.mark.parametrize("mode", PER_TASK)
+def test_after_it_the_run_goes_on_as_if_the_step_had_had_no_example(mode):
+    """Without moments and decay that is the same. At the beginning of a round, step 2, and at its end: turns and sums stay in step."""
+    _, start, train_step = small(mode, name="sgd", momentum=0.0)
+    train_step = jax.jit(train_step)
+    for bad in (2,) if mode == "cumulative_ref" else (2, 3):  # a step without examples would still take the sum of its round
+        states = dict.fromkeys((np.nan, 0), start)
+        for i in range(6):
+            states = {fault: train_step(state, small_batch(i, [i % 2] * 4, fault if i == bad else None))[0] for fault, state in states.items()}
+        chex.assert_trees_all_close(states[np.nan].params, states[0].params, atol=1e-6)
+        assert states[np.nan].step == 6 and (states[0].params["embed"]["kernel"] != start.params["embed"]["kernel"]).any()
+
+
+def test_its_schedule_and_its_counters():
+    """The rate follows the steps, Adam's bias correction the updates."""
+    _, state, train_step = small("shared", name="adamw")
+    train_step = jax.jit(train_step)
+    for i, fault in enumerate([None, np.nan, None]):
+        state, _ = train_step(state, small_batch(i, [0, 1], fault))
+    counts = {name: int(x) for name, x in flat(state.opt_state).items() if x.ndim == 0}
+    assert sorted(counts.values()) == [2, 3], counts
+
+
+@pytest.mark.parametrize("reduction", ["per_task", "per_example"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_make_the_update_of_the_whole_batch(parts, reduction):
+    """Tasks and masked rows are spread unevenly over the parts; means are over the whole batch."""
+    batches = small_batch(0, [0, 0, 0, 1, 0, 1, 0, 0]) + small_batch(1, [1, 1, 1, 0])
+    batches[0]["mask"][[1, 6]] = False
+    after = []
+    for accumulate in (1, parts):
+        config, state, train_step = small(accumulate=accumulate, name="sgd", ema=0.9)
+        config.loss.reduction, config.loss.mixup = reduction, 0.4
+        after.append(jax.jit(train_step)(state, batches))
+    chex.assert_trees_all_close(*after, atol=2e-6, rtol=2e-6)
+    assert {name: int(after[1][1][f"{name}/loss"][1]) for name in "ab"} == {"a": 5, "b": 5}
+
+
+def test_accumulated_parts_of_a_vision_transformer_need_less_memory():
+    config = make_config(mixer="divided", depth=2)
+    config.optim.clip_norm = 1.0
+    batches, after, memory = (make_batch(1, [0, 1, 0, 0, 1, 0, 2, 0] * 4, masked=(3,)),), [], []
+    for accumulate in (1, 4):
+        config.accumulate = accumulate
+        _, state, train_step = compile_config(config)
+        compiled = train_step.lower(state, batches).compile()
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+        after.append(compiled(state, batches))
+    chex.assert_trees_all_close(*after, atol=2e-6, rtol=2e-6)
+    assert memory[1] < 0.4 * memory[0], memory
+
+
+def test_each_part_is_spread_over_all_devices():
+    """On four devices: nothing but sums is exchanged, and every device works on a quarter of each part."""
+    _, state, train_step = small(accumulate=2, name="sgd", freeze=("embed/.*",))
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 1, "tensor": 1}, jax.devices()[:4])
+    shardings, replicated = sharding.tree_sharding(state, mesh), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    split = sharding.batch_sharding(mesh)
+    many = jax.jit(train_step, in_shardings=(shardings, split), out_shardings=(shardings, replicated))
+    batches = small_batch(0, [0, 1, 0, 0, 1, 0, 1, 0] * 2)
+    hlo = many.lower(state, batches).compile().as_text()
+    assert "all-reduce" in hlo
+    assert not [kind for kind in ("all-gather", "all-to-all", "collective-permute") if f" {kind}(" in hlo]
+    chex.assert_trees_all_close(
+        jax.device_get(many(state, jax.device_put(batches, split))), jax.device_get(jax.jit(train_step)(state, batches)), atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("average", ["softmax", "logits"])

@@ -1,5 +1,6 @@
 """Runs: from the command line and from Python, interrupted in every way, resumed, refused; and what they leave behind."""
 
+import functools
 import json
 import logging
 import os
@@ -17,13 +18,15 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vidjoint import metrics
+from vidjoint import evaluate, metrics
 from vidjoint.checkpoints import load_params
 from vidjoint.config import base_config, parse
+from vidjoint.data.mixture import Mixture
 from vidjoint.errors import UserError
 from vidjoint.main import main
 from vidjoint.run_folder import RunFolder
-from vidjoint.train import Log, Stopped, StopSignal, initial_state, prepare, train
+from vidjoint.stopping import StopSignal, Waiting
+from vidjoint.train import Log, Stopped, initial_state, prepare, train
 
 ROOT = Path(__file__).parents[1]
 STEPS = 100
@@ -36,7 +39,7 @@ def get_config():
     config.model.update(variant="Ti/8", width=16, depth=1, heads=2, mlp_dim=16, frames=2, image_size=16, dtype="float32", dropout=0.1)
     config.model.update(mixer="token_shift")
     config.optim.update(lr=1e-3, warmup_steps=5, weight_decay=0.1, ema=0.9, freeze=("embed/proj/.*",))
-    config.data.threads = 2
+    config.data.update(threads=2, isolate="none")
     common = dict(crop="area", randaugment_layers=1)
     clips = dict(train="clips/val.csv", val="clips/val.csv", labels="clips/labels.json", sampler="segments")
     config.tasks.update(
@@ -134,10 +137,10 @@ def test_a_run_that_is_killed_and_stopped_ends_bit_equal_to_one_that_is_not(expe
     assert json.loads((broken / "results.json").read_text()) == json.loads((straight / "results.json").read_text())
 
     before = (broken / "metrics.jsonl").read_bytes()
-    (broken / "eval/clips/confusion.png").unlink()
+    (broken / "confusion_clips.png").unlink()
     again, _ = finish(start(experiment, broken, "--config.eval.reversed=False", "--config.log_every=3"), 0)
     assert (broken / "metrics.jsonl").read_bytes() == before
-    assert (broken / "eval/clips/confusion.png").exists()
+    assert (broken / "confusion_clips.png").exists() and (broken / "report.html").exists()
     cells = [line.split() for line in again.splitlines()[-2:]]
     assert [line[:-1] for line in cells] == [line.split()[: len(line.split()) - (2 if "clips" in line else 1)] for line in out.splitlines()[-2:]]
 
@@ -153,12 +156,13 @@ def run(experiment) -> Path:
 
 
 def test_what_a_run_leaves_behind(run):
-    assert {path.name for path in run.iterdir()} == {
-        "config.json", "labels", "checkpoints", "metrics.jsonl", "tensorboard", "results.json", "curves.png", "eval",
+    assert {path.name for path in run.iterdir()} >= {
+        "config.json", "labels", "checkpoints", "metrics.jsonl", "tensorboard", "results.json", "curves.png", "eval", "about.json", "lock",
     }  # fmt: skip
+    assert not (run / "bad_step").exists()
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"4", "6"}
     for task in ("clips", "stills"):
-        assert {path.name for path in (run / "eval" / task).iterdir()} == {"confusion.csv", "confusion.png", "per_class.csv"}
+        assert {path.name for path in (run / "eval" / task).iterdir()} == {"confusion.csv", "per_class.csv"}
     content = json.loads((run / "results.json").read_text())
     assert content["step"] == 6 and set(content["tasks"]) == {"clips", "stills"}
     for name, n in tiny.VALIDATION.items():
@@ -166,7 +170,7 @@ def test_what_a_run_leaves_behind(run):
     assert "top1_reversed" in content["tasks"]["clips"] and "top1_reversed" not in content["tasks"]["stills"]
     logged = metrics.read_events(run / "metrics.jsonl")
     assert [event["step"] for event in logged] == [3, 4, 6, 6]
-    names = {"loss", "clips/loss", "stills/loss", "grad_norm", "lr", "examples_per_s", "data_wait"}
+    names = {"loss", "clips/loss", "stills/loss", "grad_norm", "lr", "examples_per_s", "data_wait", "skipped", "loss_spikes"}
     assert set(logged[0]) == {"step"} | {f"train/{name}" for name in names}
     assert logged[0]["train/lr"] == pytest.approx(1e-3 * 2 / 5)  # of the third update
     assert logged[-1]["val/stills/top1"] == pytest.approx(content["tasks"]["stills"]["top1"], rel=1e-5)
@@ -183,12 +187,18 @@ def test_another_config_on_the_same_folder_is_refused_with_the_difference(run, e
         "--config.log_every=3",
     ]
     assert main([*command, "--config.optim.lr=0.01", "--config.mesh.fsdp=2"]) == 2
-    assert capsys.readouterr().err.splitlines() == [
+    assert errors(capsys) == [
         f"error: {run} holds a run with other settings: give another --workdir, or --force_config to go on with the new ones:",
         "  optim.lr: 0.001 -> 0.01",
         f"  total_steps: 6 -> {STEPS}",
     ]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    about = json.loads((run / "about.json").read_text())
+    about["data"]["clips"]["train"] += 1  # as if a file had gone since
+    (run / "about.json").write_text(json.dumps(about))
+    assert main([*command, "--config.total_steps=6"]) == 2
+    assert errors(capsys)[1:] == ["  examples of clips: 12 -> 11"]
+    (run / "about.json").write_bytes(before[run / "about.json"])
 
 
 def test_only_a_run_that_has_saved_something_is_protected(run, tmp_path):
@@ -248,11 +258,16 @@ def test_init_from_need_not_exist_any_more_when_a_run_resumes(experiment):
     prepare(config, resumes=True)
 
 
-def lines_of(capsys, *argv) -> list[str]:
-    assert main(list(argv)) == 2
+def errors(capsys) -> list[str]:
+    """What a command has said, but for warnings about the data."""
     out, err = capsys.readouterr()
     assert out == "" and "Traceback" not in err
-    return err.splitlines()
+    return [line for line in err.splitlines() if not line.startswith("WARNING")]
+
+
+def lines_of(capsys, *argv) -> list[str]:
+    assert main(list(argv)) == 2
+    return errors(capsys)
 
 
 def test_everything_that_is_missing_is_listed_at_once(capsys, quiet, monkeypatch, tmp_path):
@@ -337,17 +352,32 @@ def test_help_names_every_argument(capsys):
 
 def test_signals_are_held_back_until_the_step_is_done_and_then_not():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with StopSignal() as stop:
-        assert not stop.asked_anywhere(True)
+    with StopSignal() as stop, pytest.raises(Stopped, match="before the first step"):  # nothing is lost yet
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked_anywhere(True)
+    with StopSignal() as stop:
+        stop.when_saved(None)
+        assert not stop.asked_anywhere()
+        with stop.while_waiting():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked_anywhere()
+        with pytest.raises(Waiting), stop.while_waiting():
+            pytest.fail("there is nothing to wait for")
         with pytest.raises(KeyboardInterrupt):  # whoever presses Ctrl-C now means it
             os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Stopped, match="step 4"):
+            stop.when_saved(4)
+    with StopSignal() as stop:
+        stop.when_saved(None)
+        with pytest.raises(Waiting), stop.while_waiting():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked_anywhere()
     with StopSignal() as stop:
         stop.when_saved(5)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with pytest.raises(Stopped, match="step 5"):
-                os.kill(os.getpid(), number)
+        with pytest.raises(Stopped, match="step 5"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
@@ -356,7 +386,7 @@ def test_runs_outside_the_main_thread_leave_signals_alone():
 
     def enter():
         with StopSignal() as stop:
-            seen.append(stop.asked_anywhere(True))
+            seen.append(stop.asked_anywhere())
 
     thread = threading.Thread(target=enter)
     thread.start()
@@ -364,13 +394,111 @@ def test_runs_outside_the_main_thread_leave_signals_alone():
     assert seen == [False]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, capsys):
+class Endless:
+    """Data that never comes; or the batches of a mixture, before which a function is called."""
+
+    def __init__(self, iterate, before):
+        self.iterate, self.before = iterate, before
+
+    def __call__(self, start: int):
+        for step, batches in enumerate(self.iterate(start), start + 1):
+            self.before(step)
+            yield batches
+
+
+def test_a_run_that_waits_for_data_is_saved_at_once(experiment, tmp_path, monkeypatch):
+    """Storage that hangs must not cost the grace time."""
+    config, _ = parse([f"--config={experiment}/experiment.py", "--config.total_steps=6", "--config.eval_every=0"])
+
+    def hang(step: int) -> None:
+        if step == 4:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(100)
+
+    iterate = Mixture.iterate
+    monkeypatch.setattr(Mixture, "iterate", lambda self, start: Endless(functools.partial(iterate, self), hang)(start))
+    began = time.monotonic()
+    with pytest.raises(Stopped, match="stopped after step 3 and saved"):
+        train(config, tmp_path / "run")
+    assert time.monotonic() - began < 90 and load_params(tmp_path / "run")[0] == 3
+
+
+def test_an_evaluation_is_given_up_for_the_save_and_made_up_for_later(experiment, tmp_path, monkeypatch):
+    changes = ["total_steps=6", "eval_every=4", "checkpoint_every=100", "log_every=1"]
+    config, _ = parse([f"--config={experiment}/experiment.py", *(f"--config.{change}" for change in changes)])
+    called = []
+
+    def run(self, params, views, reverse, give_up=lambda: False):
+        called.append(views)
+        if len(called) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if give_up():
+            raise evaluate.Abandoned
+        return {}
+
+    monkeypatch.setattr(evaluate.Evaluator, "run", run)
+    with pytest.raises(Stopped, match="stopped after step 4 and saved"):
+        train(config, tmp_path)
+    assert load_params(tmp_path)[0] == 4
+    train(config, tmp_path)
+    assert len(called) == 1 + 3  # that of step 4, the quick one of step 5, and the last
+    assert [event["step"] for event in events(tmp_path)] == [1, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_an_evaluation_asks_before_each_batch(experiment, tmp_path):
+    config, _ = parse([f"--config={experiment}/experiment.py"])
+    setup = prepare(config)
+    with pytest.raises(evaluate.Abandoned):
+        evaluate.Evaluator(setup.config, setup.model, setup.tasks, setup.mesh).run({}, (1, 1), False, give_up=lambda: True)
+
+
+def test_two_runs_do_not_share_a_folder(run, tmp_path):
+    """The lock is of the process, so a copy of it, left behind by one that is gone, or forked from one, keeps nobody out."""
+    folder = RunFolder(tmp_path)
+    (tmp_path / "lock").write_text("process 1 on another machine\n")
+    with folder.locked():
+        told = f"{tmp_path}: another run is in this folder \\(process {os.getpid()} on .*\\): wait for its end, or give another --workdir"
+        with pytest.raises(UserError, match=told), RunFolder(tmp_path).locked():
+            pass
+        child = subprocess.Popen(["sleep", "100"])
+    try:
+        with folder.locked():
+            pass
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_forked_process_does_not_hold_the_lock(tmp_path):
+    code = """
+import os, sys, time
+from vidjoint.run_folder import RunFolder
+with RunFolder(sys.argv[1]).locked():
+    if os.fork() == 0:
+        time.sleep(100)
+    print(os.getpid(), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert process.stdout.readline() and process.wait() == -signal.SIGKILL
+        with RunFolder(tmp_path).locked():
+            pass
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+
+
+def test_the_log_counts_skipped_steps_and_spikes(tmp_path, capsys):
     with Log(tmp_path, 10, 20) as log:
-        log.step({"loss": np.float32(2.5)}, 0.0, 8)
-        log.step({"loss": np.float32(1.5)}, 0.0, 8)
-        log.take(12, 0.1)
-        log.step({"loss": np.float32(np.nan)}, 0.0, 8)
-        with pytest.raises(UserError, match="the loss is nan by step 13"):
-            log.take(13, 0.1)
-    assert [(event["step"], event["train/loss"]) for event in metrics.read_events(tmp_path / "metrics.jsonl")] == [(12, 2.0), (13, None)]
-    assert capsys.readouterr().out.splitlines()[0].startswith("step 12 of 20: loss 2.0000, ")  # a line per event where there is no terminal
+        for loss, skipped in ((2.5, 0), (np.nan, 1), (1.5, 0)):
+            log.step({"loss": np.float32(loss), "skipped": np.float32(skipped), "a/loss": (np.float32(loss), 2)}, 0.0, 8)
+        log.take(13, 0.1)
+        log.step({"loss": np.float32(np.inf), "skipped": np.float32(1)}, 0.0, 8)
+        log.take(14, 0.1)
+    first, second = metrics.read_events(tmp_path / "metrics.jsonl")
+    assert (first["train/loss"], first["train/a/loss"], first["train/skipped"], first["train/loss_spikes"]) == (2.0, 1.0, 1, 0)
+    assert "train/loss" not in second and second["train/skipped"] == 1
+    lines = capsys.readouterr().out.splitlines()  # a line per event where there is no terminal
+    assert lines[0].startswith("step 13 of 20: loss 2.0000, 1 steps skipped, ")
+    assert lines[1].startswith("step 14 of 20: no finite loss, 1 steps skipped, ")

@@ -1,21 +1,27 @@
 """Saving and restoring runs with orbax: the newest checkpoints and the best one, in `workdir/checkpoints/STEP`.
 
-A step's folder appears under its name only when it is whole, so a run that is killed while it saves goes on from the checkpoint before. Nothing else
-in the project imports orbax.
+A step's folder appears under its name only when it is whole, with the checksums of its files in it: orbax and tensorstore have none for the arrays.
+So a run that is killed while it saves goes on from the checkpoint before, and so does one whose newest checkpoint was damaged since; that one is set
+aside as `STEP.damaged`. Nothing else in the project imports orbax.
 """
 
 import contextlib
+import json
 import logging
 import math
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from vidjoint import checksums
 from vidjoint.errors import UserError
 
 FOLDER = "checkpoints"
@@ -24,6 +30,8 @@ ITEM = "default"  # orbax's name for the only item of a step
 
 # What orbax logs is for its own developers; all its errors reach the user as exceptions.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname.replace("\\", "/"))
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -35,14 +43,30 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int):
         """Opens (or starts) `workdir/checkpoints` and removes what an interrupted save left there.
 
+        Damaged checkpoints are named in a warning and set aside. The files of the newest one are looked at, of the one before if that is damaged, and
+        so on.
+
         Raises:
-          UserError: the folder cannot be used.
+          UserError: the folder cannot be used, or holds none but damaged checkpoints.
         """
         if keep < 1:
             raise UserError(f"keep_checkpoints is {keep}: at least 1 is needed to resume")
-        self.folder = Path(workdir).absolute() / FOLDER
+        self.folder, self._saving = Path(workdir).absolute() / FOLDER, None
+        if jax.process_index() == 0:
+            _set_aside_damaged(self.folder)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("vidjoint: checkpoints are looked at")
         best = BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False)
-        self._manager = _open(self.folder, preservation_policy=AnyPreservationPolicy([LatestN(keep), best]), cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_metric,
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except Exception as error:
+            raise _unusable(self.folder, error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -64,6 +88,10 @@ class Checkpoints:
         self.wait()
         return self._manager.best_step()
 
+    def has_metric(self, step: int) -> bool:
+        """Whether the checkpoint of `step` was saved with a metric."""
+        return bool(_metrics(self.folder, step))
+
     def save(self, step: int, state, metric: float | None = None) -> None:
         """Starts saving `state`, any pytree of jax arrays, and returns as soon as its arrays may be donated; an earlier save is waited for.
 
@@ -79,6 +107,7 @@ class Checkpoints:
             return
         metrics = None if metric is None or not math.isfinite(metric) else {"metric": float(metric)}
         try:
+            self._saving = step
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
         except Exception as error:
             raise self._failed(error) from error
@@ -90,10 +119,10 @@ class Checkpoints:
           abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings (or of arrays). They may be those of another mesh than the saved one.
 
         Raises:
-          UserError: there is no such checkpoint, it is damaged, or it holds other parameters than `abstract_state`.
+          UserError: there is no such checkpoint, it can't be read, or it holds other parameters than `abstract_state`.
         """
         self.wait()
-        return _read(self.folder, _choose(self.folder, self._manager.all_steps(), step, self._manager.latest_step()), abstract_state)
+        return _read(self.folder, _choose(self.folder, step), abstract_state)
 
     def wait(self) -> None:
         """Returns when no save is under way. Raises UserError if the last one failed."""
@@ -109,8 +138,15 @@ class Checkpoints:
         finally:
             self._manager.close()
 
+    def _write_sums(self) -> None:
+        """orbax calls it in process 0, in the thread that saves, when all files of the step are whole and its folder has yet to get its name."""
+        (folder,) = self.folder.glob(f"{self._saving}.*tmp*")
+        checksums.write(folder)
+
     def _failed(self, error: Exception) -> UserError:
-        return UserError(f"{self.folder}: a checkpoint could not be saved ({_reason(error)}); the earlier ones are whole")
+        _mute_abandoned_work()
+        reason, advice = _reason(error), "mend that, and the same command goes on from there"
+        return UserError(f"{self.folder}: a checkpoint could not be saved ({reason}); the earlier ones are whole: {advice}")
 
 
 def load_params(workdir: str | Path, step: int | str | None = None) -> tuple[int, dict[str, dict]]:
@@ -118,7 +154,7 @@ def load_params(workdir: str | Path, step: int | str | None = None) -> tuple[int
 
     Args:
       workdir: the run's folder.
-      step: a number, "best" (by the metric that was saved with it) or None, the newest.
+      step: a number, "best" (by the metric that was saved with it) or None, the newest that is whole.
 
     Returns:
       The step, and {"params": ..., "frozen": ..., "ema": ...}: nested dicts of numpy arrays, {} for a part that the run did not have.
@@ -127,37 +163,105 @@ def load_params(workdir: str | Path, step: int | str | None = None) -> tuple[int
       UserError: there is no such checkpoint, or it is damaged.
     """
     folder = Path(workdir).absolute() / FOLDER
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no checkpoints there; give the --workdir of a run that has saved one")
-    with _open(folder, read_only=True, create=False) as manager:
-        if step == "best" and manager.latest_step() is not None:
-            step = manager.best_step()
-            if step is None:
-                raise UserError(f"{folder}: no best checkpoint, for the run has not evaluated any; take the newest, or set eval_every")
-        step = _choose(folder, manager.all_steps(), step, manager.latest_step())
+    if step is None and _steps(folder):
+        step, damaged = _newest_whole(folder)
+        for bad, reason in damaged.items():
+            log.warning("%s: this checkpoint is damaged (%s): step %d is used in its place", folder / str(bad), reason, step)
+    else:
+        step = _best(folder) if step == "best" else _choose(folder, step)
+        if reason := _damage(folder, step):
+            raise _damaged(folder, step, reason)
     saved = _metadata(folder, step)
     wanted = {part: saved[part] for part in PARTS if saved.get(part)}
     return step, {part: {} for part in PARTS} | _read(folder, step, jax.tree.map(lambda x: np.empty((), x.dtype), wanted), partial=True)
 
 
-def _open(folder: Path, **options) -> ocp.CheckpointManager:
-    try:
-        return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(best_fn=_metric, **options))
-    except Exception as error:  # not to be written to, or a damaged metrics file
-        raise UserError(f"{folder}: cannot be used for checkpoints ({_reason(error)}); mend it or give another --workdir") from error
+# Which steps there are, and whether they are whole
+
+
+def _steps(folder: Path) -> list[int]:
+    """The saved steps, ascending."""
+    return sorted(int(child.name) for child in folder.glob("*") if child.name.isdecimal())
+
+
+def _choose(folder: Path, step: int | None) -> int:
+    """`step`, or the newest if it is None. Raises UserError if it is not among those saved."""
+    steps = _steps(folder)
+    if not steps:
+        raise UserError(f"{folder}: no checkpoints there; give the --workdir of a run that has saved one")
+    if step is not None and step not in steps:
+        raise UserError(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return steps[-1] if step is None else step
+
+
+def _best(folder: Path) -> int:
+    """The step with the highest metric, of equals the newest. Raises UserError if none has one."""
+    scores = [(_metric(metrics), step) for step in _steps(folder) if (metrics := _metrics(folder, step))]
+    if not scores:
+        _choose(folder, None)
+        raise UserError(f"{folder}: no best checkpoint, for the run has not evaluated any; take the newest, or set eval_every")
+    return max(scores)[1]
 
 
 def _metric(metrics: dict[str, float]) -> float:
     return metrics["metric"]
 
 
-def _choose(folder: Path, steps, step: int | str | None, default: int | None) -> int:
-    """The step to read: `step` if given, else `default`. Raises UserError if it is not among the saved `steps`."""
+def _metrics(folder: Path, step: int) -> dict[str, float] | None:
+    """What was saved as the metric of a step; {} if nothing was, None if that can't be read."""
+    file = folder / str(step) / "metrics" / "metrics"
+    try:
+        return {"metric": float(json.loads(file.read_bytes())["metric"])} if file.exists() else {}
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+
+
+def _set_aside_damaged(folder: Path) -> None:
+    """Renames damaged checkpoints, if they are newer than the newest whole one or could not even be listed. Raises UserError if none is whole."""
+    steps = _steps(folder)
     if not steps:
-        raise UserError(f"{folder}: no checkpoints there; give the --workdir of a run that has saved one")
-    if step is not None and step not in steps:
-        raise UserError(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-    return default if step is None else step
+        return
+    newest, damaged = _newest_whole(folder)
+    damaged |= {step: "its metric can't be read" for step in steps if step < newest and _metrics(folder, step) is None}
+    for step, reason in damaged.items():
+        aside = folder / f"{step}.damaged"
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}.again")
+        log.warning("%s: this checkpoint is damaged (%s): set aside as %s, and step %d is used", folder / str(step), reason, aside.name, newest)
+        try:
+            (folder / str(step)).rename(aside)
+        except OSError as error:
+            raise _unusable(folder, error) from error
+
+
+def _newest_whole(folder: Path) -> tuple[int, dict[int, str]]:
+    """Returns the newest step that is whole, and what is wrong with each one after it. Raises UserError if there is none."""
+    damaged = {}
+    for step in reversed(_steps(folder)):
+        reason = _damage(folder, step)
+        if reason is None:
+            return step, damaged
+        damaged[step] = reason
+    raise UserError(
+        f"{folder}: none of the checkpoints is whole: put back a copy of one, or start anew in another folder:",
+        *(f"  {step}: {reason}" for step, reason in damaged.items()),
+    )
+
+
+def _damage(folder: Path, step: int) -> str | None:
+    """What is wrong with the files of a checkpoint; None if they are those that were written. Reads all of them."""
+    if _metrics(folder, step) is None:
+        return "its metric can't be read"
+    try:
+        return checksums.damage(folder / str(step))
+    except FileNotFoundError:  # saved by a version without checksums
+        try:
+            return _metadata(folder, step) and None
+        except UserError as error:
+            return f"{ITEM}: {_reason(error.__cause__ or error)}"
+
+
+# Reading
 
 
 def _metadata(folder: Path, step: int) -> dict:
@@ -185,10 +289,21 @@ def _read(folder: Path, step: int, target, partial: bool = False):
 
 @contextlib.contextmanager
 def _reader(folder: Path, step: int):
-    """An orbax reader whose errors say that the checkpoint is damaged.
+    """An orbax reader whose errors say that the checkpoint is damaged."""
+    unmute = _mute_abandoned_work()
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            yield reader
+    except Exception as error:
+        raise _damaged(folder, step, _reason(error)) from error
+    unmute()
 
-    When one array cannot be read, orbax abandons the reads of all others. Each of those would then print a traceback, from another thread and at any
-    later time; so after an error (only) the reports that asyncio makes of abandoned work stay muted.
+
+def _mute_abandoned_work() -> Callable[[], None]:
+    """Mutes what asyncio reports of work that orbax abandons; returns the function that ends this.
+
+    When one array cannot be read or written, it abandons all others. Each of those would then print a traceback, from another thread and at any
+    later time; so after an error (only) these reports stay muted.
     """
     log, hook = logging.getLogger("asyncio"), sys.unraisablehook
 
@@ -199,15 +314,13 @@ def _reader(folder: Path, step: int):
     def worth_logging(record: logging.LogRecord) -> bool:
         return "exception was never retrieved" not in record.getMessage()
 
+    def unmute() -> None:
+        sys.unraisablehook = hook
+        log.removeFilter(worth_logging)
+
     sys.unraisablehook = report
     log.addFilter(worth_logging)
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            yield reader
-    except Exception as error:
-        raise _damaged(folder, step, _reason(error)) from error
-    sys.unraisablehook = hook
-    log.removeFilter(worth_logging)
+    return unmute
 
 
 def _differences(saved, wanted, most: int = 10) -> list[str]:
@@ -231,7 +344,13 @@ def _damaged(folder: Path, step: int, reason: str) -> UserError:
     return UserError(f"{folder / str(step)}: this checkpoint is damaged ({reason}); delete the folder to use another step")
 
 
+def _unusable(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder}: cannot be used for checkpoints ({_reason(error)}); mend it or give another --workdir")
+
+
 def _reason(error: Exception) -> str:
-    """First line of an error, without what tensorstore appends for its developers."""
+    """First line of an error, without what tensorstore appends for its developers; of an error of the system, what it says."""
     text = str(error).strip() or type(error).__name__
+    if system := re.search(r": ([^:]+) \[os_error_code=", text):
+        return system[1]
     return text.splitlines()[0].split(". See full")[0][:200]

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from absl import flags
@@ -36,6 +36,8 @@ def base_config() -> ConfigDict:
     c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
     c.keep_checkpoints = 2  # how many of the newest checkpoints stay; the best one stays besides
     c.log_every = 50  # steps between log events; each is a mean over the steps since the last one
+    c.log_to = ("tensorboard",)  # where events go besides metrics.jsonl: tensorboard, wandb (Weights & Biases), mlflow; see vidjoint/trackers.py
+    c.max_skipped = 10  # steps in a row with a loss or gradient that is not finite, which change nothing, before the run stops; 0: it goes on
     # folder of an earlier run or of imported weights, or a file of another project's weights (docs/weights.md), whose parameters this run starts
     # from; heads of other label lists start anew
     c.init_from = ""
@@ -44,6 +46,9 @@ def base_config() -> ConfigDict:
     # Data
     c.data_root = ""  # folder that every relative path of a task starts from; "": the current folder
     c.batch_size = 64  # examples per step, over all batches of the step and all devices; tasks may have their own (tasks.NAME.batch_size)
+    # parts that the batches of a step are worked off in, one after the other, gradients summed: for batches whose activations don't fit the memory.
+    # The update is the same; batches are filled up to a multiple of devices (data x fsdp) x accumulate
+    c.accumulate = 1
     # mixed: tasks side by side in every batch, in proportion to size (CoVeR). All others are PolyViT's, whose batches are of one task each:
     # round_robin (or alternating): in turn (IV-ViT); task_by_task: all steps of one, then of the next; uniform: each step's task is drawn evenly;
     # weighted: each task has its exact number of steps (tasks.NAME.steps), in a drawn order; accumulated: one batch of each in every step, gradients
@@ -57,7 +62,13 @@ def base_config() -> ConfigDict:
     c.data.workers = 0  # decoding processes; 0: threads of this process (PyAV releases the GIL, so threads are enough)
     c.data.prefetch = 4  # steps whose batches are decoded ahead (each worker process: at least four)
     c.data.max_bad_share = 0.1  # share of one training set's files that may fail to decode before the run stops with their list
+    # Which files child processes decode, one per decoding thread: one that hangs, crashes the decoder or eats memory then costs an example and not
+    # the run. video, all (pictures too), or none: the threads themselves, without limits of time and memory. Cost: docs/reliability.md
+    c.data.isolate = "video"
+    c.data.decode_seconds = 30.0  # isolate: time that one clip may take; above it, its file counts as one that can't be decoded
+    c.data.decode_memory = 4096  # isolate: MiB of address space that a decoding process may take
     c.data.max_pixels = 8192 * 4352  # width x height above which a file is refused: bounds the memory of one decoder
+    c.data.max_frames = 50_000  # frames decoded for one clip above which a file is refused: most have keyframes to jump to, and need few
 
     # Model
     m = c.model = ConfigDict()
@@ -87,6 +98,9 @@ def base_config() -> ConfigDict:
     # What the backward pass computes anew to save memory. none; dots: all but the dense layers, that is norms, GELU and attention maps; block: each
     # block (the least memory, a third more compute)
     m.remat = "none"
+    # True: equal blocks are one loop, which compiles faster (a deep model on TPU: minutes in place of an hour or more) and copies their parameters in
+    # every step; results differ by rounding alone
+    m.scan = False
     m.drop_path = 0.0  # stochastic depth: share of dropped residuals in the last block, rising linearly from 0
     m.dropout = 0.0  # dropout on the pooled features, before the heads
     # What pretrained weights rely on. Left as they are here, these are taken from the weights that init_from names, or else as said
@@ -185,6 +199,7 @@ def base_config() -> ConfigDict:
     c.mesh.data = -1  # batches are split
     c.mesh.fsdp = 1  # batches and parameters are split
     c.mesh.tensor = 1  # heads and MLP channels are split
+    c.mesh.cpu_devices = 0  # without GPU and TPU: as how many devices the CPU counts; 0: one per core, if pictures are large and batch_size divides
 
     c.lock()
     c.tasks.unlock()  # experiments add tasks; the keys of each are locked again
@@ -204,6 +219,7 @@ def task_config(**changes) -> ConfigDict:
     t.val = ""  # likewise; "": no evaluation, or what `fold` holds out
     t.fold = ""  # "k/n" (k from 1): hold out the k-th of n parts of `train` (stratified by class) in place of `val`
     t.root = ""  # folder that the paths in a list start from, relative to data_root; "": the list's own folder
+    t.allow_outside = False  # True: lists may name files outside root (if that is "": outside data_root; if that is "" too, they always may)
     # file with one class name per line, or the dataset's own label file (mini-Kinetics: Kinetics' lists), relative to data_root; "": from the data
     t.labels = ""
     t.classes = 0  # number of classes; 0: as many as the labels
@@ -250,8 +266,11 @@ def choose(argument: str, *groups: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(c[0] for c in chosen)
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, str]:
+def parse(argv: list[str], check: Callable[[ConfigDict], list[str]] = lambda config: []) -> tuple[ConfigDict, str]:
     """Reads `--config=FILE[:ARGUMENT]` and any number of `--config.KEY=VALUE`.
+
+    Args:
+      check: what else is wrong with a config (`validate.check`): told together with what is wrong with the arguments, if anything is.
 
     Returns:
       The config and its name (the file's, with the argument if there is one: cover_jft_high_res).
@@ -277,7 +296,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     for change in changes:
         problems += override(config, change)
     if problems:
-        raise UserError(*problems)
+        raise UserError(*problems, *check(config))
     return config, "_".join(filter(None, [Path(file).stem, argument.replace(",", "_")]))
 
 
@@ -310,7 +329,7 @@ def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
     lines = [f"tasks.{name}: there -> not there" for name in sorted(set(old.tasks) - set(new.tasks))]
     lines += [f"tasks.{name}: not there -> there" for name in sorted(set(new.tasks) - set(old.tasks))]
     alone = tuple(line.partition(":")[0] + "." for line in lines)
-    old, new = _flat(old.to_dict()), _flat(new.to_dict())
+    old, new = flat(old.to_dict()), flat(new.to_dict())
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(alone)]
     return lines + [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys]
 
@@ -341,7 +360,7 @@ def _load_file(file: Path, arguments: list[str]) -> ConfigDict:
 
     if not isinstance(config, ConfigDict):
         raise UserError(f"{file}: get_config() returns no config: start from vidjoint.config.base_config() and return it")
-    wanted, found = _flat(base_config().to_dict()), _flat(config.to_dict())
+    wanted, found = flat(base_config().to_dict()), flat(config.to_dict())
     problems = []
     for name, task in config.get("tasks", {}).items():
         if not isinstance(task, ConfigDict) or set(task_config()) - set(task):
@@ -379,7 +398,7 @@ def _neighbours(folder: Path) -> Iterator[None]:
 
 def override(config: ConfigDict, change: str) -> list[str]:
     """Makes one `--config.KEY=VALUE` change in place (for a bool also --config.KEY and --noconfig.KEY); returns what is wrong with it."""
-    known = _flat(config.to_dict())
+    known = flat(config.to_dict())
     key = re.sub(r"^--?(no)?config\.", "", change.partition("=")[0])
     if group := sorted(name for name in known if name.startswith(f"{key}.")):
         return [f"{change}: {key} holds several keys: set one of {', '.join(group)}"]
@@ -407,7 +426,7 @@ def _reason(error: Exception) -> str:
     """An error in one line, with the messages of ml_collections shortened."""
     text = str(error.args[0] if error.args else error).strip()
     if match := re.match(r"'?Key \"(\w+)\" does not exist", text):
-        return f"there is no key {match[1]}{_nearest(match[1], [*_flat(base_config().to_dict()), *task_config()])}"
+        return f"there is no key {match[1]}{_nearest(match[1], [*flat(base_config().to_dict()), *task_config()])}"
     if match := re.match(r"Could not override field '(\w+)'.*?\. (.*) is of original type", text, re.DOTALL):
         return f"{match[1]} cannot be {match[2]!r}: that is of another type"
     line = next(iter(text.splitlines()), "")
@@ -422,8 +441,9 @@ def _update(config: ConfigDict, values: dict) -> None:
             config[key] = tuple(value) if isinstance(value, list) else value
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Nested dicts as one, keys joined by dots."""
+    result = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result

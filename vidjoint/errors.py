@@ -4,7 +4,9 @@ import functools
 import os
 import select
 import sys
+import unicodedata
 from collections.abc import Callable
+from typing import TextIO
 
 STDOUT = 1  # file descriptor
 
@@ -20,9 +22,15 @@ class UserError(Exception):
         self.lines = lines
 
 
-def printable(text: str) -> str:
-    """The text with escapes for what would break a line or act on a terminal: names in files of others may hold anything."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+def printable(text: str, stream: TextIO | None = None) -> str:
+    """One line of text as it may go to `stream` (standard output): names in files of others may hold anything.
+
+    Escaped is what would break the line, act on a terminal or mislead who reads it (control characters, marks that turn the direction of writing),
+    and what the stream's encoding lacks, such as bytes of file names that are no UTF-8.
+    """
+    shown = "".join(char if char.isprintable() or unicodedata.category(char) == "Zs" else char.encode("unicode_escape").decode() for char in text)
+    encoding = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def reader_has_gone() -> bool:
@@ -46,7 +54,7 @@ def command(main: Callable) -> Callable:
             return status
         except UserError as error:
             for line in error.lines:
-                print(printable(line if line.startswith(" ") else f"error: {line}"), file=sys.stderr)
+                print(printable(line if line.startswith(" ") else f"error: {line}", sys.stderr), file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

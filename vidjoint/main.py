@@ -5,14 +5,18 @@ python -m vidjoint.main --config=configs/demo.py [--workdir=DIR] [--config.optim
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
+
+from vidjoint import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.ask()  # it starts this command again, so before the imports that take seconds
 
 import jax
 
 from vidjoint import config as config_module
-from vidjoint import processes
+from vidjoint import cpu, processes, sharding, validate
 from vidjoint.errors import command
 from vidjoint.evaluate import table
 from vidjoint.train import Stopped, train
@@ -45,9 +49,10 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr, force=True)
     logging.captureWarnings(True)
     logging.getLogger("jax").setLevel(logging.WARNING)  # which backends it tried is no news
-    config, name = config_module.parse([f"--config={args.config or ''}", *rest])
-    cache = os.environ.get("VIDJOINT_CACHE", Path.home() / ".cache" / "vidjoint")
-    jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "xla"))
+    config, name = config_module.parse([f"--config={args.config or ''}", *rest], validate.check)
+    sharding.keep_compiled()
+    if args.num_processes is None:
+        cpu.set_up(config)
     try:
         with processes.joined(args):
             results = train(config, args.workdir or Path("runs") / name, args.force_config)

@@ -1,15 +1,20 @@
-"""What is counted and where it is written: top-k, average precision, confusion matrices, means of the training log, metrics.jsonl and TensorBoard."""
+"""What is counted and where it is written: top-k, average precision, confusion matrices, calibration, means of the training log, metrics.jsonl."""
 
+import contextlib
 import csv
 import io
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+
+from vidjoint import trackers
+
+BINS = 15  # of confidence, in the calibration error
 
 # Counting
 
@@ -119,22 +124,54 @@ def per_class(matrix: np.ndarray, labels) -> list[dict]:
     return rows
 
 
+def mean_per_class(rows: list[dict]) -> float | None:
+    """Mean of the classes' own accuracies, those without examples aside (mean class accuracy); None without any."""
+    shares = [row["top1"] for row in rows if row["top1"] is not None]
+    return sum(shares) / len(shares) if shares else None
+
+
+def calibration(confidence, correct, bins: int = BINS) -> dict:
+    """Whether predictions are right as often as their probabilities say: expected calibration error and the reliability diagram's bars.
+
+    Examples are put in `bins` equal bins by confidence, bin b holding ((b - 1) / bins, b / bins]; then
+    ECE = sum over b of n_b / n x |accuracy_b - confidence_b|, with the means of each bin (Guo et al. 2017, eq. 3).
+
+    Args:
+      confidence: float[n] in 0..1, the probability of each example's prediction; an example whose confidence is NaN is left out.
+      correct: bool[n].
+
+    Returns:
+      {"ece": share in 0..1 or None without examples, "bins": [{"from", "to", "examples", "confidence": mean, "accuracy"} of each bin that has some]}.
+    """
+    confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, bool)
+    known = ~np.isnan(confidence)
+    confidence, correct = confidence[known], correct[known]
+    number = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count, ahead, right = (np.bincount(number, weights, bins) for weights in (None, confidence, correct))
+    ece = float(np.abs(right - ahead).sum() / len(confidence)) if len(confidence) else None
+    bars = [
+        {"from": b / bins, "to": (b + 1) / bins, "examples": int(count[b]), "confidence": ahead[b] / count[b], "accuracy": right[b] / count[b]}
+        for b in map(int, np.flatnonzero(count))
+    ]
+    return {"ece": ece, "bins": bars}
+
+
 def write_confusion_csv(path, matrix: np.ndarray, labels) -> None:
     """Writes a confusion matrix as CSV (UTF-8): a header of predicted classes, then per true class its name and its counts."""
-    _write_csv(path, [["true / predicted", *labels], *([label, *map(int, row)] for label, row in zip(labels, matrix, strict=True))])
+    write_csv(path, [["true / predicted", *labels], *([label, *map(int, row)] for label, row in zip(labels, matrix, strict=True))])
 
 
 def write_per_class_csv(path, matrix: np.ndarray, labels) -> None:
     """Writes the table of `per_class` as CSV (UTF-8) with a header; the share of a class without examples is empty."""
     rows = per_class(matrix, labels)
-    _write_csv(path, [list(rows[0]), *([rounded(value) for value in row.values()] for row in rows)])
+    write_csv(path, [list(rows[0]), *([rounded(value) for value in row.values()] for row in rows)])
 
 
 def write_average_precision_csv(path, precision: np.ndarray, positive: np.ndarray, labels) -> None:
     """Writes a multilabel task's `per_class.csv` (UTF-8): class, label, examples that have it, and average precision, empty without examples."""
     counts = positive.sum(axis=0)
     rows = zip(range(len(labels)), labels, map(int, counts), map(rounded, precision), strict=True)
-    _write_csv(path, [["class", "label", "examples", "average_precision"], *rows])
+    write_csv(path, [["class", "label", "examples", "average_precision"], *rows])
 
 
 # The training log
@@ -153,11 +190,14 @@ class Summary:
         """Adds one step: name -> scalar, for a mean over steps, or pair (sum, count), for a mean over examples (sum of sums / sum of counts)."""
         self._steps.append(dict(values))
 
-    def take(self) -> dict[str, float]:
-        """Returns name -> mean since the last `take`, sorted by name, and starts anew. A name whose counts add up to zero is left out."""
+    def take(self, counts: Callable[[dict], bool] | None = None) -> dict[str, float]:
+        """Returns name -> mean since the last `take`, sorted by name, and starts anew. A name whose counts add up to zero is left out.
+
+        `counts` gets the values of each step, on the host, and says whether they count.
+        """
         steps, self._steps = jax.device_get(self._steps), []
         totals = {}
-        for step in steps:
+        for step in filter(counts, steps) if counts else steps:
             for name, value in step.items():
                 amount, count = value if isinstance(value, tuple) else (value, 1)
                 total = totals.setdefault(name, [0.0, 0.0])
@@ -167,27 +207,28 @@ class Summary:
 
 
 class MetricsWriter:
-    """Writes the events of a run to `workdir/metrics.jsonl` (one JSON object per line) and to TensorBoard files in `workdir/tensorboard`.
+    """Writes the events of a run to `workdir/metrics.jsonl` (one JSON object per line) and to the trackers of `config.log_to`.
 
     One process of a run has one. Every event is handed to the system before `write` returns, so a killed process loses none. Write the events of
     a step before its checkpoint is saved; then a resumed run repeats exactly those that `resume_step` drops.
     """
 
-    def __init__(self, workdir, resume_step: int | None = None):
+    def __init__(self, workdir, resume_step: int | None = None, log_to: tuple[str, ...] = ("tensorboard",), settings: dict | None = None):
         """Opens the log.
 
         Args:
           workdir: folder, made if missing.
           resume_step: step the run goes on from (0: the start). What an interrupted run wrote about later steps is dropped. None drops nothing but
             a last line cut short.
+          log_to: names of trackers, see `trackers.TRACKERS`.
+          settings: the run's config as one flat dict, for trackers that show it.
         """
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         _drop_later_events(path, math.inf if resume_step is None else resume_step)
         self._file = path.open("a", encoding="utf-8")
-        purge = None if resume_step is None else resume_step + 1  # TensorBoard hides earlier events from this step on
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
+        self._trackers = trackers.open_all(log_to, workdir, resume_step, settings or {})
 
     def write(self, step: int, values: dict) -> None:
         """Writes one event.
@@ -199,20 +240,22 @@ class MetricsWriter:
         values = {name: rounded(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": int(step), **values}, allow_nan=False, ensure_ascii=False) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._tensorboard.add_scalar(name, value, int(step))
-        self._tensorboard.flush()
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.write(int(step), numbers)
 
-    def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+    def close(self, ended: bool = True) -> None:
+        """`ended` tells a run that is done from one that was stopped."""
+        with contextlib.ExitStack() as closing:  # all of them, whether or not one fails
+            closing.callback(self._file.close)
+            for tracker in self._trackers:
+                closing.callback(tracker.close, ended)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        self.close()
+    def __exit__(self, kind, *_):
+        self.close(ended=kind is None)
 
 
 def read_events(path) -> list[dict]:
@@ -244,10 +287,11 @@ def _check_range(what: str, numbers: np.ndarray, classes: int) -> None:
         raise ValueError(f"{what} outside 0..{classes - 1}: {numbers.min()}..{numbers.max()}")
 
 
-def _write_csv(path, rows) -> None:
+def write_csv(path, rows) -> None:
+    """Writes rows as CSV in UTF-8; bytes of file names that are none stay as they are."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    write_whole(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def _parse(line: bytes) -> dict | None:

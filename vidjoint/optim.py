@@ -85,13 +85,16 @@ def make_schedule(optim, total_steps: int, steps_per_epoch: float):
     return schedule
 
 
-def make_optimizer(optim, schedule, tasks: int = 1) -> optax.GradientTransformation:
+def make_optimizer(optim, schedule, tasks: int = 1) -> optax.GradientTransformationExtraArgs:
     """Returns the optax chain for `config.optim`: clipping, then the update of the named optimiser.
 
     It sees the trainable parameters alone (`split_frozen`), so the global norm is theirs and frozen ones have no optimiser state.
       sgd: g = clip(gradient) + weight_decay * p;  v = momentum * v + g;  p -= lr * v, or lr * (g + momentum * v) with Nesterov's momentum.
       adamw: p -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), with the moments of the clipped gradient (arXiv:1711.05101, algorithm 2).
     The decay is multiplied by the learning rate in both, as PyTorch does it.
+
+    `update(..., finite=False)` says that a step has no gradient: moments stay; the schedule and the tasks' turns go on. Where gradients are summed
+    over a round, it must be given zeros.
 
     With `tasks` T, step i is of task i mod T, and T steps are a round. `per_task` says what they share (IV-ViT 5.3); clipping, decay and rate are
     always the same for all, and the schedule counts steps:
@@ -137,6 +140,8 @@ def make_optimizer(optim, schedule, tasks: int = 1) -> optax.GradientTransformat
         moments = optax.trace(optim.momentum, nesterov=optim.nesterov) if optim.momentum else optax.identity()
     else:
         moments = optax.scale_by_adam(*optim.betas, eps=optim.eps)
+    if optim.per_task != "accumulated":
+        moments = _if_finite(moments)
     if optim.per_task in ("independent", "cumulative_ref"):
         moments = _in_turn(moments, tasks)
     rate = (lambda rounds: schedule(rounds * tasks + tasks - 1)) if optim.per_task == "accumulated" else schedule
@@ -149,12 +154,27 @@ def make_optimizer(optim, schedule, tasks: int = 1) -> optax.GradientTransformat
     return optimizer
 
 
+def select(condition, new, old):
+    """The one tree or the other by a bool[], which the host need not know."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
+
+
 def steps_per_update(config) -> int:
     """Steps of which only the last one changes the parameters."""
     return len(config.tasks) if config.optim.per_task == "accumulated" else 1
 
 
-def _in_turn(inner: optax.GradientTransformation, tasks: int) -> optax.GradientTransformation:
+def _if_finite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner` with an argument `finite` of its update, a bool[]: where it is False the state stays."""
+
+    def update(updates, state, params=None, *, finite=True, **_):
+        updates, new = inner.update(updates, state, params)
+        return updates, select(finite, new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _in_turn(inner: optax.GradientTransformationExtraArgs, tasks: int) -> optax.GradientTransformationExtraArgs:
     """`inner` with a state for each of `tasks` tasks, which take turns. Arrays of the states are stacked along a new first axis.
 
     The key `per_task` tells `sharding.partition` of that axis.
@@ -164,14 +184,14 @@ def _in_turn(inner: optax.GradientTransformation, tasks: int) -> optax.GradientT
         states = jax.tree.map(lambda x: jnp.stack([x] * tasks), inner.init(params))
         return {"count": jnp.zeros((), jnp.int32), "per_task": states}
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, **extra):
         task = state["count"] % tasks
         own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, task, keepdims=False), state["per_task"])
-        updates, own = inner.update(updates, own, params)
+        updates, own = inner.update(updates, own, params, **extra)
         states = jax.tree.map(lambda stack, one: jax.lax.dynamic_update_index_in_dim(stack, one, task, 0), state["per_task"], own)
         return updates, {"count": state["count"] + 1, "per_task": states}
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _sum_of_round(tasks: int) -> optax.GradientTransformation:
@@ -218,7 +238,7 @@ def split_frozen(params: dict, patterns) -> tuple[dict, dict]:
     Raises:
       UserError: a pattern is no regular expression or matches no parameter, or nothing is left to train.
     """
-    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = names(params)
     problems, compiled = [], []
     for pattern in patterns:
         try:
@@ -226,10 +246,12 @@ def split_frozen(params: dict, patterns) -> tuple[dict, dict]:
         except re.error as error:
             problems.append(f"optim.freeze: {pattern!r} is no regular expression ({error})")
             continue
-        if not any(compiled[-1].fullmatch(name) for name in names):
-            starts = ", ".join(sorted({name.partition("/")[0] for name in names}))
-            problems.append(f"optim.freeze: {pattern!r} matches no parameter: it must match a whole name such as {names[0]!r} (starts: {starts})")
-    if names and all(any(pattern.fullmatch(name) for pattern in compiled) for name in names):
+        if not any(compiled[-1].fullmatch(name) for name in paths):
+            starts = ", ".join(sorted({name.partition("/")[0] for name in paths}))
+            problems.append(
+                f"optim.freeze: {pattern!r} matches no parameter: it must match a whole name such as {paths[0]!r} (starts: {starts})"
+            )
+    if paths and all(any(pattern.fullmatch(name) for pattern in compiled) for name in paths):
         problems.append("optim.freeze: every parameter is frozen and nothing is left to train: freeze fewer")
     if problems:
         raise UserError(*problems)
@@ -282,6 +304,11 @@ def ema_update(ema, params, decay: float, step, every: int = 1):
     before = jnp.asarray(step // every, jnp.float32)
     keep = jnp.where(step % every == every - 1, jnp.minimum(decay, (1 + before) / (10 + before)), 1)
     return jax.tree.map(lambda average, value: average + (1 - keep).astype(average.dtype) * (value - average), ema, params)
+
+
+def names(tree) -> list[str]:
+    """The paths of all leaves."""
+    return [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _name(path) -> str:

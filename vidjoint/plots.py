@@ -78,9 +78,9 @@ def learning_curves_png(path, events) -> None:
       events: dicts as `metrics.read_events` returns them; uses "train/loss", "train/NAME/loss", "val/NAME/top1" and "val/NAME/map" (0..1). A
         null interrupts its curve.
     """
-    losses = _curves(events, r"train/(?:(.+)/)?loss")
-    precisions = _curves(events, r"val/(.+)/map")
-    accuracies = _curves(events, r"val/(.+)/top1") | precisions
+    losses = curves_of(events, r"train/(?:(.+)/)?loss")
+    precisions = curves_of(events, r"val/(.+)/map")
+    accuracies = curves_of(events, r"val/(.+)/top1") | precisions
     metric = "top-1" if not precisions else "top-1 or mAP"
     tasks = sorted({*losses, *accuracies} - {None})
     styles = {task: {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]} for i, task in enumerate(tasks)}
@@ -114,7 +114,7 @@ def learning_curves_png(path, events) -> None:
     _save(figure, path)
 
 
-def _curves(events, pattern: str) -> dict:
+def curves_of(events, pattern: str) -> dict:
     """Returns task (None: all together) -> (steps, values), with NaN for null."""
     curves = {}
     for event in events:

@@ -18,6 +18,7 @@ import time
 import traceback
 
 import jax
+from jax.experimental import multihost_utils
 
 from vidjoint.errors import UserError, printable
 
@@ -64,7 +65,7 @@ def joined(args: argparse.Namespace):
         with Watch() as watch:
             try:
                 yield
-                watch.client.wait_at_barrier("vidjoint/done", 1000 * 3600)
+                watch.wait_for_all()
             except BaseException as error:
                 watch.leave(error)
         jax.distributed.shutdown()
@@ -81,15 +82,20 @@ def _initialize(args: argparse.Namespace) -> bool:
             raise UserError(f"--coordinator={args.coordinator}: write HOST:PORT")
         if not 0 <= args.process_id < args.num_processes:
             raise UserError(f"--process_id={args.process_id}: from 0 to {args.num_processes - 1}, for --num_processes={args.num_processes}")
-    elif _cluster_size() == 1:
+    elif (size := _cluster_size()) == 1:
         return False
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which train.StopSignal handles
+    settings = {"jax_cpu_collectives_implementation": "gloo"}
+    settings["jax_enable_preemption_service"] = False  # it would take SIGTERM, which train.StopSignal handles
+    for name, value in settings.items():
+        with contextlib.suppress(AttributeError):  # a JAX that has no such setting
+            jax.config.update(name, value)
     times = dict(initialization_timeout=START, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=2 * PARTING)
     try:
         with _one_line_when_aborted("the processes did not find each other: see whether all run, with the same --coordinator and --num_processes"):
             jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id, **times)
     except Exception as error:
+        if missing and size is None and isinstance(error, ValueError):
+            return False  # JAX found no cluster
         where = args.coordinator or "the cluster's"
         reason = str(error).splitlines()[0][:200]
         raise UserError(
@@ -98,8 +104,8 @@ def _initialize(args: argparse.Namespace) -> bool:
     return True
 
 
-def _cluster_size() -> int:
-    """Number of processes that JAX would detect (Cloud TPU, Slurm, Open MPI, Kubernetes); 1 where it detects nothing or can't tell.
+def _cluster_size() -> int | None:
+    """Number of processes that JAX would detect (Cloud TPU, Slurm, Open MPI, Kubernetes); 1 where it detects nothing, None where it can't be asked.
 
     One process under a scheduler is none of several: `jax.distributed` would only hide all its GPUs but the first.
     """
@@ -108,18 +114,29 @@ def _cluster_size() -> int:
 
         found = next((kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method and kind.is_env_present()), None)
         return found.get_process_count() if found else 1
-    except Exception as error:
-        logging.getLogger(__name__).warning("a cluster was not looked for (%s): for several processes give --coordinator", error)
-        return 1
+    except Exception:
+        return None
+
+
+def _key_value_store():
+    """The coordinator's, with its barriers; None where this JAX has none under the name known here (there is no public one)."""
+    try:
+        from jax._src.distributed import global_state
+
+        client = global_state.client
+        return client if hasattr(client, "key_value_set") and hasattr(client, "wait_at_barrier") else None
+    except Exception:
+        return None
 
 
 class Watch:
-    """Tells the other processes when this one ends, and ends this one when another has."""
+    """Tells the other processes when this one ends, and ends this one when another has.
+
+    Without the key-value store, processes end without a word to each other: the others learn of it by a collective that fails, or by heartbeats.
+    """
 
     def __init__(self):
-        from jax._src.distributed import global_state  # the key-value store and barriers have no public name
-
-        self.client, self._me = global_state.client, jax.process_index()
+        self.client, self._me = _key_value_store(), jax.process_index()
         self._lock, self._end = threading.Lock(), threading.Event()
 
     def __enter__(self) -> "Watch":
@@ -130,6 +147,13 @@ class Watch:
     def __exit__(self, *_):
         self._end.set()
         self._thread.join()
+
+    def wait_for_all(self) -> None:
+        """Returns when all processes have come here."""
+        if self.client is None:
+            multihost_utils.sync_global_devices("vidjoint: done")
+        else:
+            self.client.wait_at_barrier("vidjoint/done", 1000 * 3600)
 
     def leave(self, error: BaseException) -> None:
         """Ends this process for `error`, and with it all others. Does not return."""
@@ -152,7 +176,7 @@ class Watch:
                         first = self.client.blocking_key_value_get("vidjoint/ended/0", 3000)
                         lines = [] if json.loads(first) == [status, lines] else lines
             except Exception:
-                pass  # the coordinator is gone
+                pass  # the coordinator is gone, or has no store
             if status == 1 and lines:
                 traceback.print_exception(error)
             self._exit(status, lines)

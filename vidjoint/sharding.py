@@ -5,10 +5,13 @@ al. 2019). Models know nothing of it: XLA inserts the communication.
 """
 
 import contextlib
+import os
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vidjoint.errors import UserError
@@ -52,7 +55,14 @@ def make_mesh(sizes, devices=None) -> Mesh:
         shape[shape.index(-1)] = count // known
     elif known != count:
         raise UserError(f"{told}: that makes {known} devices, but there are {count}; change the sizes, or set one to -1")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({device.slice_index for device in devices if device.platform == "tpu" and hasattr(device, "slice_index")})
+    if slices > 1:  # several TPU slices on one network: batches are split over them, for all else takes the fast links inside of a slice
+        if shape[0] % slices:
+            raise UserError(f"{told}: mesh.data={shape[0]} is no multiple of the {slices} TPU slices, over which batches are split")
+        inside = (shape[0] // slices, *shape[1:])
+        return Mesh(create_hybrid_device_mesh(inside, (slices, 1, 1), devices), AXES, axis_types=types)
+    return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
 
 
 def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -113,6 +123,12 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     size = max(lengths.values()) * shards // len(local_rows(shards, mesh))
     _check_divides(size, mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows, (size, *rows.shape[1:])) for name, rows in batch.items()}
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs on disk for the next time, in ~/.cache/vidjoint or VIDJOINT_CACHE."""
+    cache = os.environ.get("VIDJOINT_CACHE", Path.home() / ".cache" / "vidjoint")
+    jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "xla"))
 
 
 @contextlib.contextmanager

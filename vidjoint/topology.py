@@ -22,6 +22,7 @@ from vidjoint.data.schedules import steps_per_epoch
 from vidjoint.data.tasks import Task, clip_spec
 from vidjoint.errors import UserError
 from vidjoint.models.build import build
+from vidjoint.models.macs import macs
 from vidjoint.train import sharded_step
 
 GIB = 2**30
@@ -68,7 +69,7 @@ TEXTS = {  # the figures for people
     "aliased": "  of them in the arguments' place (donated), GiB",
     "temporaries": "  temporaries, GiB",
     "generated_code": "  program, GiB",
-    "flops": "FLOPs of a device and step, T",
+    "flops": "FLOPs of a device and step (matrix products, with what is computed again), T",
     "floor_seconds": "their time at the chip's peak, s",
     "optimal_seconds": "the compiler's estimate of a step, s",
     "cycles_seconds": "sum of its cycle estimates of operations, without collectives, s",
@@ -77,6 +78,9 @@ TEXTS = {  # the figures for people
 
 _ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+)[a-z0-9]*)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(-start)?\(")
+_COMPUTATION = re.compile(r"(?:ENTRY )?%([\w.-]+) \(.*\{$")
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w+_computations?)=\{?((?:%[\w.-]+(?:, )?)+)")
+_ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _EXCEEDED = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
 
 
@@ -140,18 +144,45 @@ def batch_shapes(mixture: Mixture, step: int, mesh) -> tuple[dict, ...]:
     return tuple(batch(mixture.streams[s], len(mixture.rows[s])) for s, _ in mixture.plan(step))
 
 
-def collectives(hlo: str) -> dict[str, dict]:
-    """Count and bytes (of the results on one device) of the collectives in a compiled program's text, by kind; a loop's body counts once."""
-    found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+def repeated_lines(hlo: str) -> list[tuple[int, str]]:
+    """The lines of a compiled program's text, each with how often it runs: the rounds of the loops around it, one where these can't be told."""
+    lines, name = collections.defaultdict(list), ""
     for line in hlo.splitlines():
+        if match := _COMPUTATION.match(line):
+            name = match[1]
+        lines[name].append(line)
+    times = collections.Counter({name: 1})  # the entry, which comes last: what is called stands before what calls it
+    for caller in reversed(lines):
+        for line in lines[caller]:
+            rounds = _rounds(line, lines) if " while(" in line else 1
+            for called in _CALLED.findall(line):
+                for name in re.findall(r"%([\w.-]+)", called):
+                    times[name] += rounds * times[caller]
+    return [(times[name], line) for name, body in lines.items() for line in body]
+
+
+def _rounds(loop: str, lines: dict[str, list[str]]) -> int:
+    """The rounds of a `while` line: as it says, or the number that its condition compares a counter with."""
+    if match := _ROUNDS.search(loop):
+        return int(match[1])
+    condition = "\n".join(lines[re.search(r"condition=%([\w.-]+)", loop)[1]])
+    compared = re.search(r"compare\(%[\w.-]+, %([\w.-]+)\), direction=LT", condition)
+    limit = compared and re.search(rf"%{re.escape(compared[1])} = \S+ constant\((\d+)\)", condition)
+    return int(limit[1]) if limit else 1
+
+
+def collectives(lines: list[tuple[int, str]]) -> dict[str, dict]:
+    """Count and bytes (of the results on one device) of the collectives among a program's `repeated_lines`, by kind."""
+    found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+    for times, line in lines:
         if match := _COLLECTIVE.search(line):
             result, kind, start = match.groups()
             arrays = _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", result))  # without layouts
             if start and kind != "all-reduce":  # its tuple holds the operands, then the results, then counters
                 arrays = [array for array in arrays if array[0] != "u32" or array[2]]
                 arrays = arrays[len(arrays) // 2 :]
-            found[kind]["count"] += 1
-            found[kind]["bytes"] += sum(_array_bytes(*array) for array in arrays)
+            found[kind]["count"] += times
+            found[kind]["bytes"] += times * sum(_array_bytes(*array) for array in arrays)
     return dict(sorted(found.items()))
 
 
@@ -208,6 +239,7 @@ def measure_topology(config: ConfigDict, name: str) -> dict:
 def compile_step(train_step, state, batches: tuple[dict, ...], chip: Chip) -> dict:
     """Compiles the jitted step for these shapes; see TEXTS for the figures. Where it doesn't fit, only what the compiler says of that."""
     lowered, began = train_step.lower(state, batches), time.perf_counter()
+    devices = state.step.sharding.num_devices
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -226,18 +258,21 @@ def compile_step(train_step, state, batches: tuple[dict, ...], chip: Chip) -> di
         "generated_code": memory.generated_code_size_in_bytes,
     }
     needed = sum(parts.values()) - 2 * parts["aliased"]
-    cycles = sum(int(count) for count in re.findall(r'"estimated_cycles":"(\d+)"', hlo))
+    lines = repeated_lines(hlo)
+    cycles = sum(times * int(count) for times, line in lines for count in re.findall(r'"estimated_cycles":"(\d+)"', line))
+    flops = 2 * macs(train_step, state, batches) / devices  # the compiler's own count takes a loop's body once
     return {
         "fits": needed <= chip.hbm * GIB,
         "bytes_needed": needed,
         "bytes_available": chip.hbm * GIB,
         "bytes_free": chip.hbm * GIB - needed,
         "bytes": parts,
-        "flops": cost.get("flops"),
-        "floor_seconds": cost["flops"] / chip.peak if "flops" in cost else None,
-        "optimal_seconds": cost["optimal_seconds"] if cost.get("optimal_seconds", -1) > 0 else None,  # libtpu answers -1 or so where it has none
+        "flops": flops,
+        "floor_seconds": flops / chip.peak,
+        # libtpu answers -1 or so where it has none, and counts the body of a loop once
+        "optimal_seconds": cost["optimal_seconds"] if cost.get("optimal_seconds", -1) > 0 and max(lines)[0] == 1 else None,
         "cycles_seconds": cycles / chip.clock if cycles else None,
-        "collectives": collectives(hlo),
+        "collectives": collectives(lines),
         "compile_seconds": seconds,
     }
 

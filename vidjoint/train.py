@@ -1,13 +1,11 @@
 """The training loop: next batches -> step -> log -> evaluate -> save; and what is set up before it."""
 
-import collections
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import logging
-import math
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,46 +14,29 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from vidjoint import evaluate, metrics, optim, plots, sharding, step, validate
+from vidjoint import config as config_module
+from vidjoint import evaluate, metrics, optim, plots, report, sharding, step, summary, validate
+from vidjoint.anomalies import BadSteps, Spikes, Step
 from vidjoint.checkpoints import Checkpoints
 from vidjoint.data.mixture import Mixture
 from vidjoint.data.schedules import steps_per_epoch
 from vidjoint.data.tasks import Task, open_tasks, union_size
 from vidjoint.errors import UserError
-from vidjoint.models.build import Model, build, count_parameters
+from vidjoint.models.build import Model, build
 from vidjoint.run_folder import RunFolder
+from vidjoint.stopping import Stopped, StopSignal, Waiting
 from vidjoint.weights.init_from import Plan, plan
 from vidjoint.weights.pretrained import adopt, open_weights
 
 MEMORY_ADVICE = "lower batch_size, set model.remat=block, or share the parameters out by mesh.fsdp"
-BATCHES = {  # the schedules in words, before what they take of each task
-    "mixed": "in every step",
-    "round_robin": "in turn",
-    "alternating": "in turn",
-    "task_by_task": "one after the other",
-    "uniform": "one of these per step, drawn evenly",
-    "weighted": "in a drawn order",
-    "accumulated": "in every step, gradients summed",
-}
-IN_FLIGHT = 2  # steps that may wait on the device; more would only hold their batches in its memory
+PROGRESS = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # within 80 columns
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ENODEV, errno.ESTALE, errno.EACCES, errno.EPERM)
 
 log = logging.getLogger(__name__)
-
-
-class Stopped(Exception):
-    """A signal ended the run after a save."""
-
-    exit_status = 75  # of the command: start it again to go on (EX_TEMPFAIL)
-
-    def __init__(self, step: int):
-        super().__init__(f"stopped after step {step} and saved; the same command goes on from there")
-        self.step = step
 
 
 @dataclass(frozen=True)
@@ -183,25 +164,43 @@ def train(config: ConfigDict, workdir: str | Path, force_config: bool = False) -
       Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
     folder = RunFolder(Path(workdir).expanduser())
-    if folder.has_checkpoint:
-        config = adopt(config, folder.config)
-    setup = prepare(config, resumes=folder.has_checkpoint)
+    with contextlib.ExitStack() as opened:
+        stop = opened.enter_context(StopSignal())
+        lock = folder.locked() if jax.process_index() == 0 else contextlib.nullcontext()
+        there = folder.path.exists()
+        if there:
+            opened.enter_context(lock)
+        if folder.has_checkpoint:
+            config = adopt(config, folder.config)
+        setup = prepare(config, resumes=folder.has_checkpoint)
+        config = setup.config
+        labels = {name: task.labels for name, task in setup.tasks.items()}
+        folder.check(config, labels, force_config, {name: len(task.train) for name, task in setup.tasks.items()})
+        if not there:  # not made before it is known that the run can start
+            opened.enter_context(lock)
+        with _disk_errors(folder):
+            return _train(setup, folder, labels, stop)
+
+
+def _train(setup: Setup, folder: RunFolder, labels: dict[str, tuple[str, ...]], stop: StopSignal) -> dict:
     config = setup.config
-    labels = {name: task.labels for name, task in setup.tasks.items()}
-    folder.check(config, labels, force_config)
     if jax.process_index() == 0:
         folder.write(config, labels)
         if setup.start:
             metrics.write_whole(folder.path / "init_from.txt", setup.start.table().encode())
     evaluator = evaluate.Evaluator(config, setup.model, setup.tasks, setup.mesh)
-    with Checkpoints(folder.path, config.keep_checkpoints) as checkpoints, StopSignal() as stop, sharding.memory_errors(MEMORY_ADVICE):
+    with Checkpoints(folder.path, config.keep_checkpoints) as checkpoints, sharding.memory_errors(MEMORY_ADVICE):
         start = checkpoints.latest()
         state = initial_state(setup) if start is None else checkpoints.restore(setup.abstract_state)
         setup = dataclasses.replace(setup, start=None)  # frees the weights that were read
         start = start or 0
-        print_summary(setup, state, start, folder.path)
-        with Log(folder.path, start, setup.total_steps) as events:
-            state = run_steps(setup, state, start, evaluator, checkpoints, events, stop)
+        stop.when_saved(start)
+        if jax.process_index() == 0:
+            about = summary.describe(config, setup.tasks, setup.mixture, setup.model, state, setup.mesh)
+            metrics.write_whole(folder.about, (json.dumps(about, indent=2) + "\n").encode())
+            print(summary.text(about, start, setup.total_steps, folder.path, config.log_to), flush=True)
+        with Log(folder.path, start, setup.total_steps, config) as events:
+            state = run_steps(setup, state, start, evaluator, checkpoints, events, stop, folder.path)
             end = max(start, setup.total_steps)
             stop.when_saved(end)
             results = evaluator.run(state.eval_params, validate.views(config.eval.views), config.eval.reversed)
@@ -212,42 +211,91 @@ def train(config: ConfigDict, workdir: str | Path, force_config: bool = False) -
         metrics.write_whole(folder.results, (json.dumps(content, indent=2) + "\n").encode())
         evaluate.write_reports(results, folder.path)
         plots.learning_curves_png(folder.path / "curves.png", metrics.read_events(folder.path / "metrics.jsonl"))
+        report.write_if_possible(folder, setup.tasks)
     return content
 
 
+@contextlib.contextmanager
+def _disk_errors(folder: RunFolder):
+    """A disk that is full, read-only or gone ends a run with one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = error.filename or folder.path
+        raise UserError(f"{where}: {error.strerror}: mend that, and the same command goes on from the last checkpoint") from error
+
+
 def run_steps(
-    setup: Setup, state: step.TrainState, start: int, evaluator: evaluate.Evaluator, checkpoints: Checkpoints, events: "Log", stop: "StopSignal"
+    setup: Setup,
+    state: step.TrainState,
+    start: int,
+    evaluator: evaluate.Evaluator,
+    checkpoints: Checkpoints,
+    events: "Log",
+    stop: StopSignal,
+    workdir: Path,
 ) -> step.TrainState:
-    """Makes updates start + 1 to total_steps; the last one is saved. Raises Stopped if a signal came."""
-    config, in_flight = setup.config, collections.deque()
-    with contextlib.closing(setup.mixture.iterate(start)) as batches:
+    """Makes updates start + 1 to total_steps; the last one is saved.
+
+    Raises:
+      Stopped: a signal came; all is saved.
+      UserError: too many steps in a row were not finite.
+    """
+    config, bad_steps = setup.config, BadSteps(setup.config.max_skipped)
+
+    def due(done: int, every: int) -> bool:
+        return bool(every) and done % every == 0
+
+    def save_and_stop(done: int) -> None:
+        checkpoints.save(done, state)
+        checkpoints.wait()
+        raise Stopped(done)
+
+    def score_of(done: int) -> float | None:
+        """Evaluates with one view, and writes that down unless the last evaluation follows, with all views."""
+        quick = evaluator.run(state.eval_params, (1, 1), reverse=False, give_up=stop.asked_anywhere)
+        if done < setup.total_steps:
+            events.write(done, evaluate.as_events(quick))
+        return evaluate.mean_score(quick)
+
+    with contextlib.closing(setup.mixture.iterate(start)) as tuples:
+        if 0 < start < setup.total_steps and due(start, config.eval_every) and not checkpoints.has_metric(start):  # a signal came in between
+            with contextlib.suppress(evaluate.Abandoned):
+                score_of(start)
         for done in range(start + 1, setup.total_steps + 1):
             began = time.perf_counter()
-            arrays = tuple(sharding.put_batch(batch, setup.mesh) for batch in next(batches))
-            device_idle = not in_flight or in_flight[-1].is_ready()
-            waited = time.perf_counter() - began if device_idle else 0.0
+            try:
+                with stop.while_waiting():
+                    batches = next(tuples)
+            except Waiting:
+                save_and_stop(done - 1)
+            arrays = tuple(sharding.put_batch(batch, setup.mesh) for batch in batches)
+            waited = time.perf_counter() - began if bad_steps.device_idle else 0.0
             state, values = setup.train_step(state, arrays)
-            in_flight.append(values["loss"])
-            if len(in_flight) > IN_FLIGHT:
-                in_flight.popleft().block_until_ready()
+            stop.when_saved(None)
+            too_many = bad_steps.add(Step(done, values, batches))
             events.step(values, waited, setup.mixture.examples(done - 1))
+            if too_many:
+                events.take(done, float(setup.schedule(done - 1)))
+                raise bad_steps.write(workdir, state, setup.mixture, config.seed, checkpoints.latest())
 
-            last, stops = done == setup.total_steps, stop.asked_anywhere(done % config.log_every == 0)
-            evaluates = config.eval_every and (done % config.eval_every == 0 or last)
-            saves = done % config.checkpoint_every == 0 or evaluates or last or stops
-            if done % config.log_every == 0 or saves:
+            last, stops = done == setup.total_steps, stop.asked_anywhere()
+            evaluates = config.eval_every and (due(done, config.eval_every) or last)
+            saves = due(done, config.checkpoint_every) or evaluates or last or stops
+            if due(done, config.log_every) or saves:
                 events.take(done, float(setup.schedule(done - 1)))
             score = None
-            if evaluates:
-                quick = evaluator.run(state.eval_params, (1, 1), reverse=False)
-                score = evaluate.mean_score(quick)
-                if not last:  # the last evaluation follows with all views
-                    events.write(done, evaluate.as_events(quick))
+            if evaluates and not stops:
+                try:
+                    score = score_of(done)
+                except evaluate.Abandoned:
+                    stops = True
+            if stops:
+                save_and_stop(done)
             if saves:
                 checkpoints.save(done, state, score)
-            if stops:
-                checkpoints.wait()
-                raise Stopped(done)
     return state
 
 
@@ -257,20 +305,25 @@ class Log:
     On a terminal there is a progress bar, elsewhere a line per event.
     """
 
-    def __init__(self, workdir: Path, start: int, total_steps: int):
-        self._total_steps, self._means = total_steps, metrics.Summary()
-        self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=None if jax.process_index() == 0 else True, dynamic_ncols=True)
-        self._writer = metrics.MetricsWriter(workdir, start) if jax.process_index() == 0 else None
+    def __init__(self, workdir: Path, start: int, total_steps: int, config: ConfigDict | None = None):
+        self._total_steps, self._means, self._spikes = total_steps, metrics.Summary(), Spikes()
+        silent = None if jax.process_index() == 0 else True  # None: where there is no terminal
+        self._bar = tqdm(total=total_steps, initial=start, disable=silent, dynamic_ncols=True, bar_format=PROGRESS)
+        self._writer = None
+        if jax.process_index() == 0:
+            told = () if config is None else (config.log_to, config_module.flat(config.to_dict()))
+            self._writer = metrics.MetricsWriter(workdir, start, *told)
         self._compiled = False
         self._restart_clock()
 
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         self._bar.close()
         if self._writer:
-            self._writer.close()
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # the first error is the one to show
+                self._writer.close(ended=kind is None)
 
     def step(self, values: dict, waited: float, examples: int) -> None:
         """Counts one step of so many examples; doesn't wait for the device."""
@@ -279,14 +332,26 @@ class Log:
         self._bar.update()
         if not self._compiled:  # the time of the first step says nothing about the next ones
             self._compiled = True
+            self._bar.unpause()
             self._restart_clock()
 
     def take(self, done: int, learning_rate: float) -> None:
-        """Writes the means since the last event. Raises UserError if the loss is not finite any more."""
-        event = self._means.take()
-        loss, seconds = event["train/loss"], time.perf_counter() - self._began
-        event["train/lr"] = learning_rate
-        progress = f"loss {loss:.4f}"
+        """Writes the means since the last event, over the steps that were not skipped, and how many were skipped or had a spike in their loss."""
+        counts = {"train/loss_spikes": 0, "train/skipped": 0}
+
+        def is_good(values: dict) -> bool:
+            if values.pop("train/skipped"):
+                counts["train/skipped"] += 1
+                return False
+            tasks = tuple(name for name, value in values.items() if isinstance(value, tuple) and value[1])
+            counts["train/loss_spikes"] += self._spikes.is_one(tasks, float(values["train/loss"]))
+            return True
+
+        event = self._means.take(is_good) | counts | {"train/lr": learning_rate}
+        seconds = time.perf_counter() - self._began
+        progress = f"loss {event['train/loss']:.4f}" if "train/loss" in event else "no finite loss"
+        if skipped := counts["train/skipped"]:
+            progress += f", {skipped} steps skipped"
         if self._examples:
             event |= {"train/examples_per_s": self._examples / seconds, "train/data_wait": min(self._waited / seconds, 1.0)}
             progress += f", {event['train/examples_per_s']:.0f} examples/s, data wait {event['train/data_wait']:.0%}"
@@ -294,10 +359,6 @@ class Log:
         self._bar.set_postfix_str(progress)
         if self._bar.disable:
             self._say(f"step {done} of {self._total_steps}: {progress}")
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} by step {done}, and training can't recover: lower optim.lr, lengthen its warm-up, or set optim.clip_norm"
-            )
 
     def write(self, done: int, event: dict) -> None:
         """Writes an event; the time it took to come about is not counted to the next steps."""
@@ -316,63 +377,3 @@ class Log:
 
     def _restart_clock(self) -> None:
         self._began, self._waited, self._examples = time.perf_counter(), 0.0, 0
-
-
-class StopSignal:
-    """Turns SIGTERM and the first Ctrl-C into a request to stop after the current step; a second Ctrl-C stops at once."""
-
-    def __enter__(self) -> "StopSignal":
-        self._asked, self._saved, self._old = False, None, {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._old[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread, as in a notebook's executor: signals go to whoever owns it
-                break
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def asked_anywhere(self, may_wait: bool) -> bool:
-        """Whether to stop. In a run of several processes, all of them get the same answer; they ask each other only if all of them `may_wait`."""
-        if jax.process_count() == 1:
-            return self._asked
-        return may_wait and bool(multihost_utils.process_allgather(np.array(self._asked)).any())
-
-    def when_saved(self, step: int) -> None:
-        """From now on all is saved, and a signal raises Stopped(step) on the spot."""
-        self._saved = step
-
-    def _ask(self, number, frame):
-        if self._saved is not None:
-            raise Stopped(self._saved)
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._asked = True
-        log.warning("%s: saving after this step and stopping", signal.Signals(number).name)
-
-
-def print_summary(setup: Setup, state: step.TrainState, start: int, folder: Path) -> None:
-    """What is about to happen, for a check at a glance."""
-    if jax.process_index():
-        return
-    config, mixture = setup.config, setup.mixture
-    print(f"{'task':<20} {'train':>9} {'val':>8} {'classes':>8}  {'clip':<18} {'weight':>6}")
-    for name, task in setup.tasks.items():
-        clip = "x".join(map(str, task.clip.shape[:3]))
-        val = len(task.val) if task.val else 0
-        print(f"{name:<20} {len(task.train):>9} {val:>8} {len(task.labels):>8}  {clip:<18} {config.tasks[name].loss_weight:>6g}")
-    shares = [f"{stream.batch_size} of {stream.name}" for stream in mixture.streams]
-    if config.schedule in ("task_by_task", "weighted"):
-        shares = [f"{steps} steps with {share}" for steps, share in zip(mixture.steps_of, shares, strict=True)]
-    print(f"batches    {config.schedule}, {BATCHES[config.schedule]}: {', '.join(shares)}")
-    trained, frozen = count_parameters(state.params), count_parameters(state.frozen)
-    spec = setup.model.spec
-    sizes = f"{config.model.variant} width {spec.width}, {spec.depth} blocks, mixer {spec.mixer}"
-    print(f"model      {sizes}: {trained:,} parameters trained, {frozen:,} frozen")
-    mesh = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
-    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    print(f"devices    {jax.device_count()} {jax.devices()[0].device_kind} ({mesh}){processes}")
-    print(f"steps      {start} -> {setup.total_steps} ({mixture.steps_per_epoch:.1f} per epoch of {mixture.union:.0f} examples)")
-    print(f"results    {folder}", flush=True)

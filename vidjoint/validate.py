@@ -6,7 +6,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from vidjoint import losses, optim
+from vidjoint import losses, optim, trackers
 from vidjoint.data import clips, sources
 from vidjoint.data.schedules import SCHEDULES
 from vidjoint.data.tasks import clip_spec
@@ -21,6 +21,7 @@ from vidjoint.models.vit import REMAT
 
 CHOICES = {
     "schedule": SCHEDULES,
+    "data.isolate": ("video", "all", "none"),
     "model.mixer": MIXERS,
     "model.pool": POOLS,
     "model.dtype": ("bfloat16", "float32"),
@@ -54,16 +55,20 @@ CHOICES = {
     "eval.average": ("softmax", "logits"),
 }
 TASK_CHOICES = {"source": sources.KINDS, "media": ("video", "image"), "sampler": clips.SAMPLERS, "crop": ("short_side", "area", "none")}
-POSITIVE = ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "data.prefetch", "data.max_pixels", "model.frames", "model.image_size")
-POSITIVE += ("model.tubelet", "model.motion.block", "model.class_attention.blocks", "model.temporal_encoder.depth")
+POSITIVE = ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "model.frames", "model.image_size")
+POSITIVE += tuple(f"data.{key}" for key in ("prefetch", "max_pixels", "max_frames", "decode_seconds", "decode_memory"))
+POSITIVE += ("accumulate", "model.tubelet", "model.motion.block", "model.class_attention.blocks", "model.temporal_encoder.depth")
 POSITIVE += tuple(f"model.am_flow.{key}" for key in ("bottleneck", "hyper_width", "encoder_width", "encoder_mlp", "encoder_heads"))
 POSITIVE += tuple(f"model.am_flow.{key}" for key in ("tpu_width", "tpu_layers", "tpu_mlp", "tpu_heads"))
 NOT_NEGATIVE = ("seed", "total_steps", "total_epochs", "eval_every", "data.threads", "data.workers", "loss.mixup", "loss.cutmix", "eval.batch_size")
-NOT_NEGATIVE += tuple(f"model.{key}" for key in ("width", "depth", "heads", "mlp_dim", "patch", "norm_eps", "last_norm_eps"))
+NOT_NEGATIVE += ("max_skipped", "mesh.cpu_devices", *(f"model.{key}" for key in ("width", "depth", "heads", "mlp_dim", "patch", "norm_eps", "last_norm_eps")))
 TASK_POSITIVE = ("sample_weight", "window_seconds")
 TASK_NOT_NEGATIVE = ("classes", "loss_weight", "steps", "batch_size", "frames", "randaugment_layers", "randaugment_magnitude")
+LARGEST = 2**63  # what JAX takes for a seed
+MOST_PARAMETERS, MOST_DEPTH = 10**12, 1000  # of a model
+MOST_PIXELS, MOST_BATCH = 2**33, 2**42  # bytes of a clip with all its views, of a batch of one task
 VARIANT = re.compile(r"(\w+)/([1-9]\d*)")
-TEXTS = ("task_order", "optim.freeze", "init_allow")  # tuples of texts; all others are of numbers
+TEXTS = ("log_to", "task_order", "optim.freeze", "init_allow")  # tuples of texts; all others are of numbers
 PAIRS = ("image_size", "short_side", "area", "aspect")
 
 
@@ -82,8 +87,9 @@ def check(config: ConfigDict, trains: bool = True) -> list[str]:
             re.compile(pattern)
         except re.error as error:
             problems.append(f"init_allow: {pattern!r} is no regular expression ({error}): correct it")
-    if trains and bool(config.total_steps) == bool(config.total_epochs):
+    if trains and min(config.total_steps, config.total_epochs) >= 0 and bool(config.total_steps) == bool(config.total_epochs):
         problems.append(f"total_steps={config.total_steps} and total_epochs={config.total_epochs}: give exactly one of them")
+    problems += trackers.check(config.log_to) if trains else []
     if not config.tasks:
         problems.append("there are no tasks: add one with config.tasks.NAME = task_config(...)")
     if config.task_order and sorted(config.task_order) != sorted(config.tasks):
@@ -101,6 +107,8 @@ def check(config: ConfigDict, trains: bool = True) -> list[str]:
         problems.append("model.temporal_init=copied copies the attention of an earlier run: set init_from, or use model.temporal_init=zero or random")
     for name in sorted(config.tasks):
         problems += [f"tasks.{name}: {line}" for line in _check_task(config, name, trains)]
+    if not any(line.startswith("model.variant=") for line in problems):
+        problems += _check_sizes(config)
     shapes = {clip_spec(config, name).shape for name in config.tasks}
     if config.schedule == "mixed" and 0 < config.batch_size < len(shapes):
         problems.append(f"batch_size={config.batch_size} is below the number of clip shapes, {len(shapes)}, which each need a batch: raise it")
@@ -123,15 +131,41 @@ def views(text: str) -> tuple[int, int] | None:
 
 
 def _check_tuples(config: ConfigDict, prefix: str = "") -> list[str]:
-    """The schema fixes the type of a value, but not that of a tuple's members."""
+    """The schema fixes the type of a value, but not that of a tuple's members, nor that numbers are some that a run can have."""
     problems = []
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             problems += _check_tuples(value, f"{prefix}{key}.")
-        elif isinstance(value, tuple):
+            continue
+        members = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, tuple):
             kind, name = (str, "texts") if prefix + key in TEXTS else (int | float, "numbers")
             if not all(isinstance(member, kind) for member in value):
                 problems.append(f"{prefix}{key}={value} must be a tuple of {name}")
+                continue
+        if not all(isinstance(member, str) or abs(member) < LARGEST for member in members):
+            problems.append(f"{prefix}{key}={value} must be a finite number below {LARGEST:.0e}")
+    return problems
+
+
+def _check_sizes(config: ConfigDict) -> list[str]:
+    """Refuses sizes that are a slip of the hand, before anything of that size is made."""
+    problems, model = [], config.model
+    width, depth = (size or preset for size, preset in zip((model.width, model.depth), PRESETS[VARIANT.fullmatch(model.variant)[1]], strict=False))
+    parameters = depth * width * (4 * width + 2 * (model.mlp_dim or 4 * width))
+    if parameters > MOST_PARAMETERS or depth > MOST_DEPTH:
+        problems.append(f"a model of width {width} and depth {depth} has {parameters:.0e} parameters: lower model.width, mlp_dim or depth")
+    views_of = math.prod(views(config.eval.views) or (1,))
+    for name in sorted(config.tasks):
+        shape = clip_spec(config, name).shape
+        if math.prod(shape) * views_of > MOST_PIXELS:
+            size = f"{shape[0]} frames of {shape[1]} x {shape[2]} pixels, {views_of} views of it"
+            problems.append(f"tasks.{name}: a clip has {size}: lower frames, image_size or eval.views")
+        elif math.prod(shape) * max(config.batch_size, config.eval.batch_size, config.tasks[name].batch_size) > MOST_BATCH:
+            problems.append(f"tasks.{name}: a batch would have more than {MOST_BATCH >> 30} GiB of pixels: lower batch_size")
+    for key, most in (("total_steps", 10**9), ("data.threads", 10**4), ("data.workers", 10**4), ("data.prefetch", 10**4)):
+        if _get(config, key) > most:
+            problems.append(f"{key}={_get(config, key)} is more than {most}: lower it")
     return problems
 
 
@@ -165,7 +199,7 @@ def _check_optim(config: ConfigDict) -> list[str]:
     """What the makers of the optimiser refuse, as far as that does not hang on the size of the data: durations in epochs count as nothing."""
     problems = []
     attempts = (
-        lambda: optim.make_schedule(config.optim, config.total_steps or sys.maxsize, 0.0),
+        lambda: optim.make_schedule(config.optim, config.total_steps if config.total_steps > 0 else sys.maxsize, 0.0),
         lambda: optim.make_optimizer(config.optim, lambda step: 0.0),
     )
     for attempt in attempts:

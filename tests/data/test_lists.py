@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from tests.data.listed import faults, opened, pairs, touch, write
-from vidjoint.config import task_config
+from vidjoint.config import base_config, task_config
 from vidjoint.data import files
-from vidjoint.data.labels import read_labels
+from vidjoint.data.labels import mirrored_classes, read_labels
 from vidjoint.data.lists import read_list
 from vidjoint.data.sources import open_source
+from vidjoint.data.tasks import open_tasks
 from vidjoint.errors import UserError
 
 # Plain lists
@@ -210,7 +211,122 @@ def test_counting_from_one(tmp_path):
 def test_repeated_files_are_told(tmp_path):
     touch(tmp_path, "a.mp4")
     write(tmp_path / "l.csv", "a.mp4 0\na.mp4 0\n")
-    assert opened(tmp_path, train="l.csv").warnings == ["1 lines name a file that an earlier line names too"]
+    assert opened(tmp_path, train="l.csv").warnings == [f"1 lines name a file that an earlier line names too: {tmp_path}/a.mp4"]
+    touch(tmp_path, "b.mp4", "c/d.mp4")
+    write(tmp_path / "l.csv", "a.mp4 0\nb.mp4 1\n./a.mp4 0\nc/../b.mp4 0\nc//d.mp4 0\n")
+    assert opened(tmp_path, train="l.csv").warnings == [
+        f"2 lines name a file that an earlier line names too: {tmp_path}/./a.mp4, {tmp_path}/c/../b.mp4",
+        f"1 of these give it another label: {tmp_path}/c/../b.mp4",
+    ]
+
+
+# Spellings, places and separators
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ("a\\b c.mp4,0\n", "a/b c.mp4"),
+        ("e\u0301t\u00e9.mp4 0\n", "\u00e9t\u00e9.mp4"),
+        ("\u00e9.mp4 0\n", "e\u0301.mp4"),
+        ("a.mp4,0\rb.mp4,1\r", "b.mp4"),
+        ("\ufeffa.mp4,0\r\nb.mp4,1\r\n", "b.mp4"),
+        ("a\\b.mp4,0\n", "a\\b.mp4"),  # a name with a backslash comes first
+    ],
+)
+def test_spellings_of_paths(tmp_path, content, name):
+    touch(tmp_path, name, "a.mp4")
+    (tmp_path / "l.csv").write_bytes(content.encode())
+    assert str(tmp_path / name) in [opened(tmp_path, train="l.csv")[i]["video"] for i in range(content.count(".mp4"))]
+
+
+def test_files_outside_the_root_are_refused_unless_allowed(tmp_path):
+    touch(tmp_path, "videos/a.mp4", "other/b.mp4")
+    os.symlink(tmp_path / "other/b.mp4", tmp_path / "videos/link.mp4")
+    for path in ("../other/b.mp4", str(tmp_path / "other/b.mp4"), "x/../../other/b.mp4"):
+        (tmp_path / "videos/x").mkdir(exist_ok=True)
+        write(tmp_path / "l.csv", f"a.mp4 0\nlink.mp4 1\n{path} 1\n")
+        (line,) = faults(tmp_path, train="l.csv", root="videos")
+        where = f"1 of 3 files of {tmp_path}/l.csv lie outside {tmp_path}/videos: "
+        assert line.startswith(where) and line.endswith("other/b.mp4. Correct the list, or set allow_outside=True")
+        assert len(opened(tmp_path, train="l.csv", root="videos", allow_outside=True)) == 3
+        write(tmp_path / "videos/l.csv", f"a.mp4 0\nlink.mp4 1\n{path} 1\n")
+        assert len(opened(tmp_path, train="videos/l.csv")) == 3  # without root, data_root is what bounds
+        assert "lie outside" in faults(tmp_path / "videos", train="l.csv")[0]
+        assert len(open_source("t", task_config(train=str(tmp_path / "videos/l.csv")), "train", "")) == 3  # and nothing without either
+    os.symlink(tmp_path / "videos", tmp_path / "alias")
+    write(tmp_path / "l.csv", f"{tmp_path / 'videos/a.mp4'} 0\n")
+    assert len(opened(tmp_path, train="l.csv", root="alias")) == 1
+
+
+@pytest.mark.parametrize("content", ["a.mp4|1\nb.mp4|0\n", "a.mp4:1\nb.mp4:0\n", "a.mp4,1,\nb.mp4,0,\n"])
+def test_wrong_separators_are_one_line(tmp_path, content):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    write(tmp_path / "l.csv", content)
+    (line,) = faults(tmp_path, train="l.csv")
+    assert line.startswith(f"{tmp_path}/l.csv line 1: {content.splitlines()[0]!r} is no path and label: separate them by a comma")
+
+
+def test_a_first_line_that_names_a_file_is_no_header(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    write(tmp_path / "l.csv", "a.mp4,0\nb.mp4 1\n")
+    assert "line 1: no label" in faults(tmp_path, train="l.csv")[0]
+
+
+def test_paths_of_windows_and_endless_names_are_told_in_a_line(tmp_path):
+    write(tmp_path / "l.csv", "C:\\data\\a.mp4,0\n")
+    assert faults(tmp_path, train="l.csv")[0].endswith("Write paths relative to root: these are of Windows")
+    write(tmp_path / "l.csv", f'"{"y" * 200_000}.mp4",{"z" * 200_000}\n')
+    assert all(len(line) < 1000 for line in faults(tmp_path, train="l.csv", classes=3))
+
+
+def test_labels_that_leave_gaps(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    write(tmp_path / "l.csv", "a.mp4 0\nb.mp4 4\n")
+    assert opened(tmp_path, train="l.csv").warnings == ["labels leave out 1, 2, 3: 3 of the 5 classes, 0 to 4, have no examples"]
+    write(tmp_path / "l.csv", "a.mp4 1\nb.mp4 2\n")
+    assert opened(tmp_path, train="l.csv").warnings == ["labels run from 1 to 2, so class 0 is empty: numbers should start at 0"]
+    for number in ("99999", "9" * 5000):  # neither a model of so many classes, nor a hang
+        write(tmp_path / "l.csv", f"a.mp4 0\nb.mp4 {number}\n")
+        assert f"labels go up to {number[:30]}, but only 2 different ones occur: number the classes 0 to 1" in faults(tmp_path, train="l.csv")[0]
+    write(tmp_path / "l.csv", "a.mp4 0\nb.mp4 99999\n")
+    assert len(opened(tmp_path, train="l.csv", classes=100_000).labels) == 100_000
+
+
+def test_lists_that_may_not_be_read(tmp_path, monkeypatch):
+    write(tmp_path / "l.json", "[" * 100_000)
+    assert "is not JSON" in faults(tmp_path, train="l.json")[0]
+    os.mkfifo(tmp_path / "pipe")
+    assert faults(tmp_path, train="pipe") == [f"{tmp_path}/pipe is no file: name a list"]
+    write(tmp_path / "l.csv", "videos/a.mp4 0\n")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert faults(tmp_path, train="l.csv") == [f"{tmp_path}/videos/ can't be read (Permission denied): change its permissions, or run as who may read it"]
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert faults(tmp_path, train="l.csv") == [f"{tmp_path}/l.csv can't be read (Permission denied): change its permissions, or name another"]
+
+
+def test_training_and_validation_overlap_is_told(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    write(tmp_path / "train.csv", "a.mp4 left\nb.mp4 right\n")
+    write(tmp_path / "val.csv", "./b.mp4 right\nc.mp4 left\n")
+    config = base_config()
+    config.data_root = str(tmp_path)
+    config.tasks.t = task_config(train="train.csv", val="val.csv")
+    task = open_tasks(config)["t"]
+    assert task.val.warnings == [f"1 of 2 validation files are training files too: {tmp_path}/./b.mp4"]
+    assert task.train.warnings == ["flip=True mirrors pictures, and 'left' and 'right' become each other: set tasks.t.flip=False"]
+    config.tasks.t.flip = False
+    assert not open_tasks(config)["t"].train.warnings
+
+
+def test_classes_that_a_mirror_exchanges():
+    names = ("swipe_left", "jump", "Swipe Right", "turning counter-clockwise", "turning clockwise", "from left to right", "from right to left", "left")
+    pairs = [("swipe_left", "Swipe Right"), ("turning counter-clockwise", "turning clockwise"), ("from left to right", "from right to left")]
+    assert mirrored_classes(names) == pairs
 
 
 def test_one_listing_per_folder(tmp_path, monkeypatch):

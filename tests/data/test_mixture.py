@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,18 @@ def test_worker_processes(root, count, no_threads_left):
                 for child in children:
                     os.kill(child.pid, signal.SIGINT)
                     os.kill(child.pid, signal.SIGTERM)
+
+
+def test_killed_worker_processes_are_replaced(root, caplog, no_threads_left):
+    config = configure(root, *SIZES)
+    direct = [mixed(config).step(i) for i in range(6)]
+    config.data.workers = 2
+    with closing(mixed(config).iterate()) as tuples:
+        for i, batches in enumerate(islice(tuples, 6)):
+            same(batches, direct[i])
+            if i == 1:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    assert any("a process of data.workers=2 ended (exit code -9)" in record.getMessage() for record in caplog.records)
 
 
 def test_workers_end_with_a_killed_parent(root, tmp_path):
@@ -292,6 +305,29 @@ def test_too_many_undecodable_files_stop_the_run(damaged, no_threads_left):
     first, *files = stopped.value.lines
     assert first.startswith("moves: 2 of 13 training files can't be decoded, above data.max_bad_share=0.1")
     assert sorted(line.partition(": ")[0].strip() for line in files) == [str(damaged / "moves" / f"{i}.mp4") for i in (4, 5)]
+
+
+def test_a_data_root_that_vanishes_stops_the_run(root, tmp_path, no_threads_left):
+    shutil.copytree(root, tmp_path / "data")
+    with pytest.raises(UserError) as stopped, closing(mixed(configure(tmp_path / "data", "moves")).iterate()) as tuples:
+        for i, _ in enumerate(tuples):
+            if i == 1:
+                shutil.rmtree(tmp_path / "data")
+            assert i < 20
+    assert stopped.value.lines[-1] == "moves: none of these is there any more: is the disk still mounted?"
+    assert "above data.max_bad_share=0.1: mend them" in stopped.value.lines[0] and "No such file or directory" in stopped.value.lines[1]
+
+
+def test_a_row_without_a_substitute_stops_the_run(root, tmp_path, monkeypatch):
+    """Before a batch with holes is trained on, however small a share of a large set they are."""
+    monkeypatch.setattr(schedules, "MAX_SUBSTITUTES", 2)
+    shutil.copytree(root, tmp_path / "data")
+    for i in (4, 5, 6):
+        (tmp_path / "data" / "moves" / f"{i}.mp4").write_bytes(b"no video")
+    mix = mixed(configure(tmp_path / "data", "moves", batch_size=1, **{"data.max_bad_share": 0.9}))
+    with pytest.raises(UserError, match="moves: 3 files one after another can't be decoded, so there is nothing to put in their place"):
+        for step in range(13):
+            mix.step(step)
 
 
 def test_substitutes_have_an_end(root, monkeypatch):

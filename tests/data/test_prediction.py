@@ -4,6 +4,7 @@ import itertools
 import os
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from vidjoint.config import task_config
 from vidjoint.data import prediction
 from vidjoint.data.clips import view_times
 from vidjoint.data.examples import ClipSpec, views
-from vidjoint.data.prediction import Row, Window, cut_windows, decoded, group, list_files
+from vidjoint.data.prediction import Piece, Row, Window, cut_windows, decoded, group, list_files
 from vidjoint.data.transforms import view_geometry
-from vidjoint.data.video import Video
+from vidjoint.data.video import DecodeError, Video
 from vidjoint.errors import UserError
 
 MAX_PIXELS = 10**6
@@ -40,8 +41,8 @@ def spec(media: str = "video") -> ClipSpec:
 
 
 def rows_of(folder, names, media="video", temporal=1, spatial=1, threads=2, ahead=4):
-    windows = [name if isinstance(name, Window) else Window(str(folder / name)) for name in names]
-    return list(decoded(windows, spec(media), temporal, spatial, threads, ahead))
+    pieces = [name if isinstance(name, Piece) else Piece((Window(str(folder / name)),)) for name in names]
+    return list(decoded(pieces, lambda path: (spec(media),), temporal, spatial, threads, ahead))
 
 
 def test_files_of_folders(tmp_path, monkeypatch):
@@ -60,6 +61,19 @@ def test_files_of_folders(tmp_path, monkeypatch):
     assert len(error.value.lines) == 2 and "empty1" in error.value.lines[0] and "empty2" in error.value.lines[1]
 
 
+def test_patterns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/1.mp4", "a/b/2.mp4", "a/b/.3.mp4", "a/notes.txt", "a/[x].mp4", "c/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert list_files(["a/*.mp4"]) == ["a/1.mp4", "a/[x].mp4"]
+    assert list_files(["a/**/*.mp4"]) == ["a/1.mp4", "a/[x].mp4", "a/b/2.mp4"]
+    assert list_files(["a/*", "c/4.png", "a/1.mp4"]) == ["a/1.mp4", "a/[x].mp4", "a/b/2.mp4", "c/4.png"]  # folders, no texts, each once
+    assert list_files(["a/[x].mp4"]) == ["a/[x].mp4"]  # there is a file of that very name
+    with pytest.raises(UserError, match=r"there are no images or videos in \*\.mkv"):
+        list_files(["*.mkv"])
+
+
 @pytest.mark.parametrize(
     "name, length, stride, expected",
     [
@@ -74,24 +88,68 @@ def test_files_of_folders(tmp_path, monkeypatch):
     ],
 )
 def test_windows(folder, name, length, stride, expected):
-    windows = list(cut_windows(str(folder / name), length, stride, MAX_PIXELS))
+    windows = [window for piece in cut_windows(str(folder / name), length, stride, spec(), most=2) for window in piece.windows]
     assert [window.path for window in windows] == [str(folder / name)] * len(expected)
     assert [(window.start, window.end) if window.end else None for window in windows] == expected
 
 
 def test_windows_are_whole_seconds_where_they_should_be(folder):
-    starts = [window.start for window in cut_windows(str(folder / "long.mp4"), 0.1, 0.1, MAX_PIXELS)]
+    starts = [w.start for piece in cut_windows(str(folder / "long.mp4"), 0.1, 0.1, spec()) for w in piece.windows]
     assert starts == [i / 10 for i in range(30)]  # no 0.30000000000000004
 
 
 def test_a_window_shows_its_part_of_the_video(folder):
-    (row,) = rows_of(folder, [Window(str(folder / "long.mp4"), 1.0, 2.0)])
+    (row,) = rows_of(folder, [Piece((Window(str(folder / "long.mp4"), 1.0, 2.0),))])
     with Video(folder / "long.mp4") as video:
         geometry = view_geometry(video.info.height, video.info.width, spec().settings, (16, 24), 0, 1)
         expected = video.read(1.0 + (np.arange(4) + 0.5) / 4, geometry)
         whole = video.read(view_times(video.info, 4, spec().settings, 0, 1), geometry)
     np.testing.assert_array_equal(row.pixels[0], expected)
     assert (row.pixels[0] != whole).any()
+
+
+@pytest.mark.parametrize("name", ["long.mp4", "long.ts"])
+def test_windows_together_are_windows_one_by_one(folder, name):
+    """In pieces of 4, which several threads decode; an MPEG-TS can't be jumped in, so its pieces share one decoder, each way of reading its own."""
+    if name == "long.ts":
+        tiny.write_clip(folder / "long.ts", 2, frames=36)
+    pieces = list(cut_windows(str(folder / name), 0.5, 0.2, spec(), most=4))
+    assert [len(piece.windows) for piece in pieces] == [4, 4, 4, 1] and all((piece.film is None) == (name == "long.mp4") for piece in pieces)
+    ways = (spec(), replace(spec(), frames=2))
+    rows = list(decoded(pieces, lambda path: ways, 1, 1, threads=3, ahead=4))
+    windows = [window for piece in pieces for window in piece.windows]
+    assert [(row.window, row.kind) for row in rows] == [(window, kind) for window in windows for kind in (0, 1)]
+    for row in rows:
+        expected = views({"video": str(folder / name)}, ways[row.kind], 1, 1, (row.window.start, row.window.end))
+        np.testing.assert_array_equal(row.pixels, expected)
+
+
+def test_frames_of_a_piece_are_decoded_once(folder, monkeypatch):
+    videos = []
+
+    class Watched(Video):
+        def __init__(self, *args):
+            videos.append(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr("vidjoint.data.examples.Video", Watched)
+    pieces = list(cut_windows(str(folder / "long.mp4"), 1.0, 0.25, spec()))  # 9 windows of 12 frames, of a video of 36
+    videos.clear()
+    rows = list(decoded(pieces, lambda path: (spec(),), 1, 1, 2, 4))
+    assert len(rows) == 9 and [video.decoded <= 40 for video in videos] == [True]
+
+
+def test_a_window_that_fails_leaves_the_others_alone(folder, monkeypatch):
+    def fail(example, clip, temporal, spatial, parts, opened=None):
+        if (1.0, 2.0) in parts:
+            raise DecodeError("damaged after 1 s")
+        return prediction_view_parts(example, clip, temporal, spatial, parts, opened)
+
+    prediction_view_parts = prediction.view_parts
+    monkeypatch.setattr(prediction, "view_parts", fail)
+    (piece,) = cut_windows(str(folder / "long.mp4"), 1.0, 1.0, spec())
+    rows = list(decoded([piece], lambda path: (spec(),), 1, 1, 2, 4))
+    assert [row.error for row in rows] == ["", "damaged after 1 s", ""] and [row.pixels is None for row in rows] == [False, True, False]
 
 
 def test_rows_come_in_order_with_errors_in_their_place(folder):
@@ -121,9 +179,9 @@ def test_no_more_rows_than_asked_are_held(folder):
     def endless():
         for i in itertools.count():
             drawn.append(i)
-            yield Window(str(folder / "still.png"))
+            yield Piece((Window(str(folder / "still.png")),))
 
-    rows = decoded(endless(), spec(), 1, 1, threads=2, ahead=5)
+    rows = decoded(endless(), lambda path: (spec(),), 1, 1, threads=2, ahead=5)
     for i in range(20):
         assert next(rows).number == i
         assert len(drawn) <= i + 5
@@ -135,6 +193,8 @@ def test_large_pictures_are_decoded_one_at_a_time(folder, monkeypatch):
     active, most = 0, {}
     lock = threading.Lock()
 
+    original = prediction.view_parts
+
     def slow_views(example, clip, *args):
         nonlocal active
         if clip.max_pixels >= 24 * 40:
@@ -144,9 +204,9 @@ def test_large_pictures_are_decoded_one_at_a_time(folder, monkeypatch):
             time.sleep(0.05)
             with lock:
                 active -= 1
-        return views(example, clip, *args)
+        return original(example, clip, *args)
 
-    monkeypatch.setattr(prediction, "views", slow_views)
+    monkeypatch.setattr(prediction, "view_parts", slow_views)
     rows = rows_of(folder, ["short.mp4"] * 4, threads=4, ahead=8)
     assert all(row.pixels is not None for row in rows) and most == {MAX_PIXELS: 4}
     monkeypatch.setattr(prediction, "LARGE", 100)
@@ -159,7 +219,7 @@ def test_a_lack_of_memory_is_an_error_of_that_file(folder, monkeypatch):
     def fail(*args):
         raise MemoryError("Unable to allocate 9 GiB\nfor it")
 
-    monkeypatch.setattr(prediction, "views", fail)
+    monkeypatch.setattr(prediction, "view_parts", fail)
     (row,) = rows_of(folder, ["short.mp4"])
     assert row.error == "Unable to allocate 9 GiB for it"
 
@@ -167,7 +227,7 @@ def test_a_lack_of_memory_is_an_error_of_that_file(folder, monkeypatch):
 def test_names_that_are_no_text(folder, tmp_path):
     name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")
     os.symlink(folder / "short.mp4", name)
-    (row,) = decoded([Window(name)], spec(), 1, 1, 1, 1)
+    (row,) = decoded([Piece((Window(name),))], lambda path: (spec(),), 1, 1, 1, 1)
     assert row.pixels is not None and list_files([str(tmp_path)]) == [name]
 
 
@@ -175,7 +235,7 @@ def test_names_that_are_no_text(folder, tmp_path):
 
 
 def fake_rows(shapes):
-    return [Row(i, Window(str(i)), None if shape is None else np.zeros(shape, np.uint8)) for i, shape in enumerate(shapes)]
+    return [Row(i, Window(str(i)), 0, 1, None if shape is None else np.zeros(shape, np.uint8)) for i, shape in enumerate(shapes)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

@@ -1,13 +1,9 @@
 """PolyViT's schedules: which task each step reads, in what numbers, and that it hangs on the config, the seed and the step alone."""
 
-import io
 from collections import Counter
-from contextlib import closing, redirect_stdout
+from contextlib import closing
 from itertools import islice, pairwise
-from pathlib import Path
-from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,7 +13,7 @@ from vidjoint.data.mixture import Mixture
 from vidjoint.data.schedules import SCHEDULES, steps_per_epoch
 from vidjoint.data.tasks import open_tasks
 from vidjoint.errors import UserError
-from vidjoint.train import print_summary
+from vidjoint.summary import batches
 
 NAMES = sorted(SIZES)  # moves 13, stills 20, turns 8
 
@@ -176,14 +172,7 @@ def test_kinds_of_steps(root):
 def test_the_summary_says_what_steps_read(root, schedule, words):
     own = {} if schedule == "mixed" else {"tasks.stills.batch_size": 2}
     config = configured(root, schedule, total_steps=41, task_order=("turns", "moves", "stills"), **own)
-    tasks = open_tasks(config)
-    model = SimpleNamespace(spec=SimpleNamespace(width=8, depth=1, mixer="none"))
-    setup = SimpleNamespace(
-        config=config, tasks=tasks, mixture=Mixture(config, tasks, 41), model=model, mesh=jax.make_mesh((1,), ("data",)), total_steps=41
-    )
-    with redirect_stdout(io.StringIO()) as out:
-        print_summary(setup, SimpleNamespace(params={}, frozen={}), 0, Path("run"))
-    assert [line[11:] for line in out.getvalue().splitlines() if line.startswith("batches")] == [words]
+    assert batches(schedule, Mixture(config, open_tasks(config), 41)) == words
 
 
 def test_too_little_for_all_tasks(root):

@@ -12,6 +12,7 @@ import pytest
 
 from tests.data.listed import faults, opened, pairs, touch, write
 from vidjoint.data import archives, sources
+from vidjoint.data.archives import list_archive, read_member
 from vidjoint.data.labels import read_labels
 from vidjoint.data.records import Names, Source
 from vidjoint.data.sources import KINDS
@@ -117,6 +118,29 @@ def test_damaged_zip(tmp_path):
         source[1]
     file.write_bytes(file.read_bytes()[:-30])
     assert "neither a folder nor a zip that can be read" in faults(tmp_path, source="folder", media="image", train="d.zip")[0]
+
+
+def test_zip_bombs_are_refused_in_little_memory(tmp_path):
+    with zipfile.ZipFile(tmp_path / "d.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/flat.bmp", bytes(1 << 20))
+        archive.writestr("a/bomb.bmp", bytes(200 << 20))
+    source = opened(tmp_path, source="folder", media="image", train="d.zip")
+    assert [source.name(i)[-8:] for i in range(2)] == ["bomb.bmp", "flat.bmp"] and len(source[1]["image"]) == 1 << 20
+    with pytest.raises(DecodeError, match=r"^refused: its \d+ bytes unpack to 67108864 or more$"):
+        source[0]
+    offset, _, method, crc = list_archive(tmp_path / "d.zip")["a/flat.bmp"]
+    with pytest.raises(DecodeError, match="larger than the archive"):
+        read_member(str(tmp_path / "d.zip"), offset, 1 << 50, method, crc)
+
+
+def test_names_in_a_zip_lead_nowhere(tmp_path):
+    (tmp_path / "in").mkdir()
+    with zipfile.ZipFile(tmp_path / "in/d.zip", "w") as archive:
+        for name in ("../../out/1.png", "/abs/2.png", "a/../../3.png"):
+            archive.writestr(name, name)
+    source = opened(tmp_path / "in", source="folder", media="image", train="d.zip")
+    assert sorted(source[i]["image"].decode() for i in range(len(source)))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"] and [path.name for path in (tmp_path / "in").iterdir()] == ["d.zip"]
 
 
 def test_a_zip_that_is_gone(tmp_path):

@@ -372,6 +372,22 @@ def test_settings_that_pretrained_parameters_rely_on_are_compared(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "asks"),
+    [
+        ("class_token", "last_frame", False),  # AM Flow from an image model: the same for one frame
+        ("class_token", "frame_mean", False),
+        ("class_token", "class_attention", False),  # MEViT: its parameters are told of as new
+        ("class_token", "average", True),
+        ("average", "last_frame", True),
+    ],
+)
+def test_pools_that_read_something_else_are_asked_about(tmp_path, old, new, asks):
+    write_run(tmp_path, model_config(pool=old))
+    lines = load(tmp_path, model_config(pool=new))[2]
+    assert any(f"model.pool was {old} there and is {new} here: is that meant?" in line for line in lines) == asks
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(UserError, match="holds neither a run"):
         load(tmp_path, model_config())

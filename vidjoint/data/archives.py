@@ -12,6 +12,10 @@ from vidjoint.data.files import is_hidden
 from vidjoint.data.video import DecodeError
 from vidjoint.errors import UserError
 
+MOST_RATIO = 50  # how often its packed size a member may unpack to; pictures and videos hardly shrink at all
+FREE_RATIO = 64 << 20  # bytes for which the ratio does not count: a plain bitmap of one colour is fine
+MOST_MEMBER = 4 << 30  # bytes of a member, unpacked: it is held in memory whole
+
 
 def list_archive(path: Path) -> dict[str, tuple[int, int, int, int]]:
     """The members of a zip, hidden ones left out, and where each lies: offset of its local header, packed size, compression method, CRC-32.
@@ -22,7 +26,7 @@ def list_archive(path: Path) -> dict[str, tuple[int, int, int, int]]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if not any(map(is_hidden, info.filename.split("/")))]
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError, struct.error, EOFError) as error:  # of what is damaged
         raise UserError(f"{path} is neither a folder nor a zip that can be read ({error})") from None
     if any(info.flag_bits & 1 for info in members):
         raise UserError(f"{path} is encrypted: unpack it and name the folder")
@@ -55,13 +59,27 @@ def read_member(archive: str, offset: int, size: int, method: int, crc: int) -> 
             raise DecodeError("the zip is damaged here: no member header")
         name_length, extra_length = struct.unpack("<HH", header[26:30])
         start, packed = offset + 30 + name_length + extra_length, b""
+        if max(size, start) > os.fstat(opened.descriptor).st_size or size > MOST_MEMBER:
+            raise DecodeError("the zip is damaged here: the member is larger than the archive, or than 4 GiB")
         while len(packed) < size and (piece := os.pread(opened.descriptor, size - len(packed), start + len(packed))):
             packed += piece
-        content = zlib.decompress(packed, -zlib.MAX_WBITS) if method == zipfile.ZIP_DEFLATED else packed
+        content = _inflate(packed) if method == zipfile.ZIP_DEFLATED else packed
     except OSError as error:
         raise DecodeError(f"the zip can't be read any more: {error.strerror}") from None
     except zlib.error as error:
         raise DecodeError(f"the zip is damaged here: {error}") from None
     if zlib.crc32(content) != crc:
         raise DecodeError("the zip is damaged here: wrong checksum")
+    return content
+
+
+def _inflate(packed: bytes) -> bytes:
+    """Unpacks a member, and no more of it than a picture or a video can have."""
+    most = min(max(FREE_RATIO, MOST_RATIO * len(packed)), MOST_MEMBER)
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    content = unpacker.decompress(packed, most)
+    if len(content) == most:
+        raise DecodeError(f"refused: its {len(packed)} bytes unpack to {most} or more")
+    if not unpacker.eof:
+        raise DecodeError("the zip is damaged here: cut off")
     return content

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -14,6 +15,10 @@ from vidjoint.data.video import MAX_PIXELS, DecodeError, Video, describe_image, 
 
 FINEST_TICK = 1_000_000  # per second; finer time stamps than these are rounded
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")  # a small picture in one of these stays as it is, byte for byte
+
+
+Edit = Callable[[float, av.VideoFrame], av.VideoFrame]
+Sound = Callable[[av.container.OutputContainer], Callable[[float], None]]
 
 
 @dataclass(frozen=True)
@@ -41,36 +46,56 @@ def encode_video(file: str | bytes, how: Encoding) -> bytes:
         info = video.info
         width, height = (2 * max(1, side // 2) for side in shrink(info.width, info.height, how.short_side))
         buffer = io.BytesIO()
-        frames = video.frames(height, width)
-        per_second = min(FINEST_TICK, video.time_base.denominator)
-        begin, first = next(frames)
         with av.open(buffer, "w", format="mp4") as out:
-            stream = out.add_stream("libx264", rate=Fraction(min(max(info.fps, 1.0), 240.0)).limit_denominator(1001))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            context = stream.codec_context
-            stream.time_base = context.time_base = Fraction(1, per_second)
-            context.thread_count, context.gop_size, context.max_b_frames = 1, how.gop, 0
-            context.color_range, context.colorspace = first.color_range, first.colorspace
-            context.color_primaries, context.color_trc = first.color_primaries, first.color_trc
-            # mbtree: see demo.write_video; without it x264 writes the same bytes every time.
-            context.options = {"preset": how.preset, "tune": how.tune, "crf": str(how.crf), "x264-params": "mbtree=0"}
-            count, start, waiting = 0, -1, None
-            for ticks, picture in itertools.chain([(begin, first)], frames):
-                moment = round(ticks * video.time_base * per_second)
-                if moment <= start:
-                    continue  # shown for less than a tick
-                start, count = moment, count + 1
-                picture.pts, picture.time_base = start, Fraction(1, per_second)
-                picture.pict_type = PictureType.NONE  # else x264 would make keyframes where the original has them
-                waiting = _write(out, stream.encode(picture), waiting)
-            waiting = _write(out, stream.encode(None), waiting)
-            end = round(info.duration * per_second)
-            step = max(1, round(per_second / info.fps))
-            waiting.duration = end - waiting.pts if end > waiting.pts else step  # the header may claim less than there is
-            out.mux(waiting)
+            count = transcode(video, out, how, height, width)
         if 2 * count < info.frames:
             raise DecodeError(f"it ends early: {count} frames of the {info.frames} that it claims")
     return buffer.getvalue()
+
+
+def transcode(
+    video: Video, out: av.container.OutputContainer, how: Encoding, height: int, width: int, edit: Edit | None = None, sound: Sound | None = None
+) -> int:
+    """Writes all frames of a video as a stream of H.264 that shows each of them for as long as the video does; returns how many they are.
+
+    Args:
+      height, width: of the pictures, both even.
+      edit: (seconds, picture yuv420p) -> the picture to write in its place.
+      sound: begins other streams of `out` and returns a function that writes them up to so many seconds.
+    """
+    info, frames = video.info, video.frames(height, width)
+    per_second = min(FINEST_TICK, video.time_base.denominator)
+    begin, first = next(frames)
+    stream = out.add_stream("libx264", rate=Fraction(min(max(info.fps, 1.0), 240.0)).limit_denominator(1001))
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    context = stream.codec_context
+    stream.time_base = context.time_base = Fraction(1, per_second)
+    context.thread_count, context.gop_size, context.max_b_frames = 1, how.gop, 0
+    context.color_range, context.colorspace = first.color_range, first.colorspace
+    context.color_primaries, context.color_trc = first.color_primaries, first.color_trc
+    # mbtree: see demo.write_video; without it x264 writes the same bytes every time.
+    context.options = {"preset": how.preset, "crf": str(how.crf), "x264-params": "mbtree=0"} | ({"tune": how.tune} if how.tune else {})
+    heard = sound(out) if sound else lambda seconds: None
+    count, start, waiting = 0, -1, None
+    for ticks, picture in itertools.chain([(begin, first)], frames):
+        moment = round(ticks * video.time_base * per_second)
+        if moment <= start:
+            continue  # shown for less than a tick
+        start, count = moment, count + 1
+        if edit:
+            picture = edit(float(ticks * video.time_base), picture)
+        picture.pts, picture.time_base = start, Fraction(1, per_second)
+        picture.pict_type = PictureType.NONE  # else x264 would make keyframes where the original has them
+        waiting = _write(out, stream.encode(picture), waiting)
+        heard(start / per_second)
+    waiting = _write(out, stream.encode(None), waiting)
+    end = round(info.duration * per_second)
+    step = max(1, round(per_second / info.fps))
+    waiting.duration = end - waiting.pts if end > waiting.pts else step  # the header may claim less than there is
+    last = waiting.pts + waiting.duration
+    out.mux(waiting)
+    heard(last / per_second)
+    return count
 
 
 def _write(out: av.container.OutputContainer, packets: list[av.Packet], waiting: av.Packet | None) -> av.Packet | None:

@@ -1,6 +1,7 @@
 """Files on disk: which are images and videos, and what a folder holds. One listing per folder, never a look at each file."""
 
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 
 from vidjoint.errors import UserError
@@ -15,7 +16,12 @@ SHOWN = 5  # faults of one kind that are named; the others are counted
 def some(items: Iterable) -> str:
     """The first few of many, with the number of the others."""
     items = list(items)
-    return ", ".join(map(str, items[:SHOWN])) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+    return ", ".join(shorten(str(item)) for item in items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+
+
+def shorten(text: str) -> str:
+    """Text out of a file, at a length that fits into a message."""
+    return text if len(text) <= 200 else f"{text[:150]}...{text[-40:]}"
 
 
 def has_extension(path: str, media: str) -> bool:
@@ -27,7 +33,28 @@ def is_media(path: str) -> bool:
 
 
 def existing(root: str, keys: list[str]) -> list[str]:
-    """The keys' paths below root (a key may be absolute), with "" for those that are no file."""
+    """The keys' paths below root (a key may be absolute), with "" for those that are no file.
+
+    A key that names none as it is written is tried with slashes for backslashes, and in the composed and decomposed forms of Unicode (macOS writes
+    the latter).
+
+    Raises:
+      UserError: a folder may not be read.
+    """
+    found = _listed(root, keys)
+    for rewrite in (_forwards, lambda key: unicodedata.normalize("NFC", key), lambda key: unicodedata.normalize("NFD", key)):
+        absent = [i for i, path in enumerate(found) if not path]
+        other = {i: key for i in absent if (key := rewrite(_forwards(keys[i]))) != keys[i]}
+        for i, path in zip(other, _listed(root, list(other.values())), strict=True):
+            found[i] = path
+    return found
+
+
+def _forwards(key: str) -> str:
+    return key.replace("\\", "/")
+
+
+def _listed(root: str, keys: list[str]) -> list[str]:
     listings, found = {}, []
     for key in keys:
         leaf = key.rpartition("/")[2]
@@ -46,11 +73,27 @@ def existing(root: str, keys: list[str]) -> list[str]:
 
 
 def files_in(folder: str) -> frozenset[str]:
+    """Names of the files in a folder; none where there is no such folder. Raises UserError where it may not be read."""
     try:
         with os.scandir(folder or ".") as entries:
             return frozenset(entry.name for entry in entries if not entry.is_dir())
-    except OSError:
+    except PermissionError as error:
+        raise UserError(f"{folder} can't be read ({error.strerror}): change its permissions, or run as who may read it") from None
+    except (OSError, ValueError):  # ValueError: a null character
         return frozenset()
+
+
+def is_outside(path: str, root: str) -> bool:
+    """Whether a path leads out of root by its text: links inside root may point anywhere."""
+    path = os.path.normpath(path)
+    return not any(path.startswith(os.path.join(folder, "")) for folder in {os.path.normpath(root), os.path.realpath(root)})
+
+
+def same_name(path: str) -> str:
+    """A path as all its spellings are told apart from other files: without `.`, `..` and doubled slashes, composed."""
+    if "//" in path or "/." in path or path.startswith("."):
+        path = os.path.normpath(path)
+    return path if path.isascii() else unicodedata.normalize("NFC", path)
 
 
 def is_hidden(name: str) -> bool:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vidjoint.data.files import SHOWN, some
+from vidjoint.data.files import SHOWN, shorten, some
 from vidjoint.data.lists import WORDNET_ID, Rows, is_integer, is_numeric, split_labels
 from vidjoint.errors import UserError
+
+MOST_GAPS = 1000  # classes per label that occurs; more are a mistake in the list
 
 
 def published_labels(rows: Rows) -> Path | None:
@@ -35,7 +37,7 @@ def read_labels(file: Path) -> tuple[tuple[str, ...], dict[str, int]]:
         raise UserError(f"labels: {file} can't be read ({error.strerror}): correct the path, or data_root") from None
     except UnicodeDecodeError:
         raise UserError(f"labels: {file} is not UTF-8 text: save it as UTF-8, one class name a line") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"labels: {file} is no list of class names ({error}): write one name per line") from None
     lookup, ambiguous = {}, set()
     for number, aliases in enumerate(names):
@@ -79,10 +81,21 @@ def json_names(content: list | dict) -> list[list[str]]:
 
 
 def labels_of(texts: list[str], classes: int) -> tuple[tuple[str, ...], dict[str, int] | None]:
-    """Class names read off the training labels: sorted names, or "0".."C-1" (no lookup) where labels are numbers."""
+    """Class names read off the training labels: sorted names, or "0".."C-1" (no lookup) where labels are numbers.
+
+    Raises:
+      UserError: numbers are so far apart that they can't be meant as those of classes.
+    """
     if is_numeric(texts):
-        count = classes or max(int(text) for text in set(texts) if is_integer(text)) + 1
-        return tuple(map(str, range(max(count, 0)))), None
+        different = [text for text in set(texts) if is_integer(text)]
+        longest = max(different, key=len)
+        highest = 10**18 if len(longest) > 18 else max(map(int, different))
+        if not classes and highest >= max(MOST_GAPS, MOST_GAPS * len(different)):
+            raise UserError(
+                f"labels go up to {longest[:30]}, but only {len(different)} different ones occur: number the classes 0 to {len(different) - 1}, "
+                "or set classes if so many are meant"
+            )
+        return tuple(map(str, range(max(classes or highest + 1, 0)))), None
     names = tuple(sorted(set(texts) - {""}))
     return names, {name: number for number, name in enumerate(names)}
 
@@ -127,6 +140,38 @@ def one_row_per_file(paths: list[str], owners: np.ndarray, labels: np.ndarray, c
     return list(numbers), targets
 
 
+def empty_classes(labels: tuple[str, ...], targets: np.ndarray) -> list[str]:
+    """Warns of classes without examples, in one line; of numbers it says whether they start at 1 or leave gaps."""
+    counts = np.bincount(targets[targets >= 0], minlength=len(labels))
+    absent = np.flatnonzero(counts == 0)
+    if not len(absent):
+        return []
+    if labels == tuple(map(str, range(len(labels)))):
+        if absent.tolist() == [0]:
+            return [f"labels run from 1 to {len(labels) - 1}, so class 0 is empty: numbers should start at 0"]
+        return [f"labels leave out {some(absent)}: {len(absent)} of the {len(labels)} classes, 0 to {len(labels) - 1}, have no examples"]
+    return [f"{len(absent)} of {len(labels)} classes have no examples: {some(labels[c] for c in absent)}"]
+
+
+MIRRORED = {"left": "right", "leftwards": "rightwards", "leftward": "rightward", "clockwise": "counterclockwise"}
+MIRRORED |= {other: word for word, other in MIRRORED.items()} | {"anticlockwise": "clockwise"}
+
+
+def mirrored_classes(labels: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Pairs of classes that a mirror turns into each other, by their names: `swipe left` and `swipe right`."""
+    names = {_words(label): label for label in labels}
+    pairs = []
+    for words, label in names.items():
+        other = names.get(tuple(MIRRORED.get(word, word) for word in words))
+        if other is not None and other != label and (other, label) not in pairs:
+            pairs.append((label, other))
+    return pairs
+
+
+def _words(label: str) -> tuple[str, ...]:
+    return tuple(re.sub(r"(counter|anti)[\s_-]+(?=clockwise)", r"\1", plain_name(label)).replace("-", " ").split())
+
+
 def unusable_names(names: tuple[str, ...]) -> list[str]:
     """What is wrong with class names that a run's folder, which keeps one a line in UTF-8, can't hold."""
     wrong = [name for name in names if re.search(r"[\n\r\ud800-\udfff]", name)]
@@ -154,11 +199,11 @@ def number_labels(lists: list[Rows], labels: tuple[str, ...], lookup: dict[str, 
             if not text:
                 fault = "no label; write `path,label`"
             elif lookup is not None:
-                fault = f"class {text!r} is not among the {len(labels)} known ones ({some(labels)})"
+                fault = f"class {shorten(text)!r} is not among the {len(labels)} known ones ({some(labels)})"
             elif found[row] == none:
-                fault = f"label {text!r} is not a number, as others are"
+                fault = f"label {shorten(text)!r} is not a number, as others are"
             else:
-                fault = f"label {text} is not in 0..{len(labels) - 1}"
+                fault = f"label {shorten(text)} is not in 0..{len(labels) - 1}"
             problems.append(f"{rows.file} line {rows.lines[row]}: {fault}")
         if len(bad) > SHOWN:
             problems.append(f"{rows.file}: {len(bad) - SHOWN} more lines with such labels")

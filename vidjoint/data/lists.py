@@ -14,9 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vidjoint.data.files import existing, has_extension, is_media, some, walk
+from vidjoint.data.files import existing, has_extension, is_media, shorten, some, walk
 from vidjoint.errors import UserError
 
+MOST_BYTES = 4 << 30  # of a list: some 40 million lines
+csv.field_size_limit(1 << 30)  # a line is in memory already
 WORDNET_ID = r"n\d{8}"  # ImageNet's name of a class
 
 
@@ -42,6 +44,7 @@ def list_files(what: str, data_root: Path) -> list[Path]:
     files = name_files(what, data_root)
     problems = [f"{file} does not exist: correct the path, or data_root" for file in files if not file.exists()]
     problems += [f"{file} is a folder: name a list in it, or set source=folder if it has one folder per class" for file in files if file.is_dir()]
+    problems += [f"{file} is no file: name a list" for file in files if file.exists() and not (file.is_file() or file.is_dir())]
     if problems or not files:
         raise UserError(*problems or [f"{what!r} names no file"])
     return files
@@ -60,10 +63,15 @@ def read_list(file: Path) -> Rows:
 
 
 def read_known(file: Path) -> Rows:
-    raw = file.read_bytes()
-    if b"\0" in raw[:10000]:
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise UserError(f"{file} has {file.stat().st_size / 2**30:.0f} GiB, too much for a list of files: name another")
+        raw = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} can't be read ({error.strerror}): change its permissions, or name another") from None
+    if b"\0" in raw:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one `path,label` a line")
-    text = raw.decode("utf-8-sig", "surrogateescape")
+    text = raw.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
     if file.suffix.lower() == ".json":
         return read_something(file, text)
     lines = [(number, stripped) for number, line in enumerate(text.split("\n"), 1) if (stripped := line.strip())]
@@ -180,9 +188,20 @@ def is_header(line: str, separator: str, sample: list[str]) -> bool:
     """Whether a first line is a header in unknown words: it names no file and has no number where the lines after it have numbers."""
     if not separator or line is sample[0]:
         return False
-    path, label = path_and_label(line, separator)
+    _, label = path_and_label(line, separator)
     labels = [text for other in sample for text in split_labels(path_and_label(other, separator)[1])]
-    return not is_media(path) and not is_integer(label) and is_numeric(labels)
+    names_a_file = any(is_media(field) for other in SEPARATORS for field in split_line(line, other))
+    return not names_a_file and not is_integer(label) and is_numeric(labels)
+
+
+def wrong_separator(rows: Rows) -> str:
+    """Says so where the lines of a list have labels behind a sign that separates nothing here, or behind which nothing follows; "" if they don't."""
+    lines = [(number, key) for number, key, label in zip(rows.lines, rows.keys, rows.labels, strict=True) if not label]
+    odd = [(number, key) for number, key in lines if re.fullmatch(r".*\.\w+\s*([^\w\s]\s*[^/\\]*\w|[,;]\s*\w+\s*[,;]+)", key) and not is_media(key)]
+    if rows.layout != "plain" or 2 * len(odd) <= len(rows.keys):
+        return ""
+    number, key = odd[0]
+    return f"{rows.file} line {number}: {shorten(key)!r} is no path and label: separate them by a comma, a semicolon, a tab or a space"
 
 
 def read_kinetics(file: Path, lines: list[tuple[int, str]], header: list[str]) -> Rows:
@@ -221,7 +240,7 @@ def read_something(file: Path, text: str) -> Rows:
     """Something-Something v2 as published: a JSON list of {"id", "label", "template"}; the class is the template without its brackets."""
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from None
     known = isinstance(entries, list) and entries and all(isinstance(entry, dict) and "id" in entry for entry in entries)
     if not known:

@@ -9,17 +9,20 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from os.path import exists
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vidjoint.data.examples import views
+from vidjoint.data.records import FileRecords
 from vidjoint.data.schedules import SCHEDULES, Stream, steps_per_epoch
 from vidjoint.data.tasks import Task, union_size
 from vidjoint.data.video import DecodeError
 from vidjoint.data.workers import Decoder, cores, decode_ahead
-from vidjoint.errors import UserError
+from vidjoint.errors import UserError, printable
 
+SHOWN = 20  # bad files that an error names; the log has named them all
 RowsOf = Callable[[int], Sequence[int]]
 
 log = logging.getLogger(__name__)
@@ -30,8 +33,8 @@ class Mixture:
 
     A batch is `{"pixels": uint8[B, T, H, W, 3], "label": int32[B], "task": int32[B], "mask": bool[B]}`, B rows, of this process. Where a task of its
     stream is multilabel, labels are int32[B, K], filled up by -1, with the same K in all batches of the stream. Rows whose mask is False only fill
-    up the global batch to a multiple of `row_multiple` (the devices that share a batch), or stand for a file that can't be decoded and has no
-    substitute either.
+    up the global batch to a multiple of `row_multiple` (the devices that share a batch) x `config.accumulate`, or stand for a file that can't be
+    decoded and has no substitute either.
     """
 
     def __init__(self, config: ConfigDict, tasks: dict[str, Task], total_steps: int, rows_of: RowsOf = range, row_multiple: int = 1):
@@ -55,6 +58,7 @@ class Mixture:
             self._before = np.empty(len(order), np.int32)  # of them, those before each step
             for s, steps in enumerate(self.steps_of):
                 self._before[order == s] = np.arange(steps)
+        row_multiple *= config.accumulate
         self.rows = [rows_of(math.ceil(stream.batch_size / row_multiple) * row_multiple) for stream in self.streams]
 
     def plan(self, step: int) -> list[tuple[int, int]]:
@@ -68,6 +72,17 @@ class Mixture:
     def examples(self, step: int) -> int:
         """Number of examples in a step, over all processes."""
         return sum(self.streams[s].batch_size for s, _ in self.plan(step))
+
+    def files(self, step: int) -> list[list[dict]]:
+        """What the rows of the batches of a step are, over all processes: {"row", "task", "file", "label"} each, as drawn; nothing is decoded."""
+        return [[self._file(self.streams[s], position, row) for row in range(self.streams[s].batch_size)] for s, position in self.plan(step)]
+
+    @staticmethod
+    def _file(stream: Stream, position: int, row: int) -> dict:
+        task, number = stream.drawn(position * stream.batch_size + row)
+        records = task.train.records
+        label = np.atleast_1d(records.targets[number] if hasattr(records, "targets") else records[number][1])
+        return {"row": row, "task": task.name, "file": task.train.name(number), "label": [task.labels[c] for c in label if c >= 0]}
 
     def kinds(self) -> dict[int, float]:
         """The first step of each kind, that is with the same streams, and the share of all steps that are of its kind."""
@@ -103,16 +118,19 @@ class Mixture:
     def _checked(self, batches: tuple[dict, ...]) -> tuple[dict, ...]:
         """Takes the failures out of batches, logs files not met before, and stops when there are too many."""
         for name, index, reason in [failure for batch in batches for failure in batch.pop("bad")]:
-            seen, source = self.bad[name], self.tasks[name].train
-            if index not in seen:
+            seen, source, share = self.bad[name], self.tasks[name].train, self._data.max_bad_share
+            if index >= 0 and index not in seen:
                 seen[index] = f"{source.name(index)}: {reason}"
-                log.warning("%s: skipped %s", name, seen[index])
-            if len(seen) > self._data.max_bad_share * len(source):
-                limit = f"data.max_bad_share={self._data.max_bad_share}"
-                raise UserError(
-                    f"{name}: {len(seen)} of {len(source)} training files can't be decoded, above {limit}; mend them or take them out:",
-                    *(f"  {line}" for line in seen.values()),
-                )
+                log.warning("%s: skipped %s", name, printable(seen[index]))
+            if len(seen) > share * len(source) or (index < 0 and share < 1):
+                count = f"{len(seen)} of {len(source)} training files" if index >= 0 else reason
+                first = [f"  {line}" for line in list(seen.values())[:SHOWN]]
+                more = [f"  and {len(seen) - SHOWN} more"] if len(seen) > SHOWN else []
+                files = [source.name(i) for i in list(seen)[:SHOWN]] if isinstance(source.records, FileRecords) else []
+                gone = [f"{name}: none of these is there any more: is the disk still mounted?"] if files and not any(map(exists, files)) else []
+                limit = f"above data.max_bad_share={share}" if index >= 0 else "so there is nothing to put in their place"
+                advice = "mend them or take them out (python -m vidjoint.check_data finds all), then go on with the same command"
+                raise UserError(f"{name}: {count} can't be decoded, {limit}: {advice}:", *first, *more, *gone)
         return batches
 
 

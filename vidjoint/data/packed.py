@@ -13,6 +13,7 @@ import io
 import json
 import os
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -156,7 +157,7 @@ def open_packed(folder: str, split: str, unfinished: bool = False) -> tuple[dict
     try:
         with np.load(io.BytesIO(read_whole(folder, f"index-{split}.npz"))) as index:
             return manifest, PackedRecords(folder, splits[split]["shards"], dict(index))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{folder}/index-{split}.npz can't be read ({error}): run python -m vidjoint.pack again, which writes it anew") from None
 
 

@@ -46,6 +46,7 @@ class Stream:
     batch_size: int  # examples per batch, over all processes
     weights: tuple[int, ...]  # of sum(weights) consecutive examples, so many are of each task
     examples: tuple[grain.MapDataset, ...]  # the endless sequence of each task, as rows of batches
+    orders: tuple["_Passes", ...]  # the same, as numbers of examples
 
     @property
     def name(self) -> str:
@@ -62,10 +63,19 @@ class Stream:
 
     def __getitem__(self, i: int) -> dict:
         """Example i of the endless sequence, decoded."""
+        task, position = self._place(i)
+        row = self.examples[task][position]
+        return row | {"label": _filled_up(row["label"], self.label_shape)}
+
+    def drawn(self, i: int) -> tuple[Task, int]:
+        """The task of example i, and its number in the task's training set; where that can't be decoded, another stands for it."""
+        task, position = self._place(i)
+        return self.tasks[task], self.orders[task][position]
+
+    def _place(self, i: int) -> tuple[int, int]:
         before, after = _counts(i, self.weights), _counts(i + 1, self.weights)
         task = next(t for t in range(len(before)) if before[t] < after[t])
-        row = self.examples[task][before[task]]
-        return row | {"label": _filled_up(row["label"], self.label_shape)}
+        return task, before[task]
 
 
 # Schedules: (config, tasks, total_steps) -> streams, and which of them each step reads (int[n], then from the start again; None: all in every step)
@@ -169,13 +179,11 @@ def _largest_remainder(weights: list[float], total: int) -> list[int]:
 def _stream(config: ConfigDict, tasks: list[Task], batch_size: int) -> Stream:
     sizes = [len(task.train) * Fraction(str(config.tasks[task.name].sample_weight)) for task in tasks]
     unit = Fraction(math.gcd(*(size.numerator for size in sizes)), math.lcm(*(size.denominator for size in sizes)))
-    return Stream(tuple(tasks), batch_size, tuple(int(size / unit) for size in sizes), tuple(_endless(config.seed, task) for task in tasks))
-
-
-def _endless(seed: int, task: Task) -> grain.MapDataset:
-    """The examples of a task as rows of batches, pass after pass. Depends on the seed and the task's name, not on other tasks."""
-    seed = int(np.random.SeedSequence([seed, zlib.crc32(task.name.encode())]).generate_state(1)[0])
-    return grain.MapDataset.source(_Passes(len(task.train), seed)).seed(seed).random_map(_LoadClip(task))
+    seeds = [int(np.random.SeedSequence([config.seed, zlib.crc32(task.name.encode())]).generate_state(1)[0]) for task in tasks]
+    orders = [_Passes(len(task.train), seed) for task, seed in zip(tasks, seeds, strict=True)]  # which know nothing of other tasks
+    loads = zip(orders, seeds, tasks, strict=True)
+    examples = [grain.MapDataset.source(order).seed(seed).random_map(_LoadClip(task)) for order, seed, task in loads]
+    return Stream(tuple(tasks), batch_size, tuple(int(size / unit) for size in sizes), tuple(examples), tuple(orders))
 
 
 class _Passes:
@@ -230,13 +238,16 @@ def _filled_up(label: int | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class _LoadClip(grain.transforms.RandomMap):
-    """Index of a training example -> row. A file that can't be decoded is replaced by the one after it."""
+    """Index of a training example -> row. A file that can't be decoded is replaced by the one after it, with the same draws.
+
+    Where all that are tried fail, the row is masked, and its last failure has the number of no file, -1.
+    """
 
     def __init__(self, task: Task):
         self.task = task
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict:
-        task, bad = self.task, []
+        task, bad, draws = self.task, [], rng.bit_generator.state
         for substitute in range(min(MAX_SUBSTITUTES + 1, len(task.train))):
             source_index = (int(index) + substitute) % len(task.train)
             try:
@@ -244,6 +255,8 @@ class _LoadClip(grain.transforms.RandomMap):
                 pixels = training_clip(example, task.clip, rng)
             except DecodeError as error:
                 bad.append((task.name, source_index, str(error)))
+                rng.bit_generator.state = draws  # however far it came
                 continue
             return {"pixels": pixels, "label": example["label"], "task": task.index, "mask": True, "bad": bad}
+        bad.append((task.name, -1, f"{len(bad)} files one after another"))
         return {"pixels": None, "label": 0, "task": task.index, "mask": False, "bad": bad}

@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from vidjoint.data.archives import list_archive
 from vidjoint.data.demo import demo_folder
-from vidjoint.data.files import EXTENSIONS, has_extension, some, walk
+from vidjoint.data.files import EXTENSIONS, has_extension, is_outside, same_name, some, walk
 from vidjoint.data.labels import (
+    empty_classes,
     labels_of,
     number_labels,
     one_label_per_row,
@@ -27,7 +28,7 @@ from vidjoint.data.labels import (
     read_wordnet,
     unusable_names,
 )
-from vidjoint.data.lists import Rows, add_kinetics, is_numeric, list_files, locate, name_files, read_list
+from vidjoint.data.lists import Rows, add_kinetics, is_numeric, list_files, locate, name_files, read_list, wrong_separator
 from vidjoint.data.packed import is_url, open_packed
 from vidjoint.data.records import FileRecords, Source, TfdsRecords, ZipRecords
 from vidjoint.data.smarthome import SPLITS, find_clips
@@ -64,6 +65,8 @@ def open_source(name: str, task: ConfigDict, split: str, data_root: str) -> Sour
             raise UserError(*faults)
         if parts:
             source = hold_out(source, part, parts, split)
+        if not len(source):
+            raise UserError(f"{what} holds no examples")
         if hasattr(source.records, "targets"):
             source.warnings += empty_classes(source.labels, source.records.targets)
         return source
@@ -97,10 +100,27 @@ def hold_out(source: Source, part: int, parts: int, split: str) -> Source:
     return Source(source.media, source.labels, source.records.select(rows), origin, source.missing, source.warnings)
 
 
-def empty_classes(labels: tuple[str, ...], targets: np.ndarray) -> list[str]:
-    """Warns of classes without examples."""
-    absent = [labels[c] for c in np.flatnonzero(np.bincount(targets[targets >= 0], minlength=len(labels)) == 0)]
-    return [f"{len(absent)} of {len(labels)} classes have no examples: {some(absent)}"] if absent else []
+def repeats(names: list[str], targets: np.ndarray) -> list[str]:
+    """Warns of files that are named more than once, and of those with different labels."""
+    first, again, unlike = {}, [], []
+    for i, name in enumerate(map(same_name, names)):
+        if first.setdefault(name, i) != i:
+            again.append(i)
+            if targets[first[name]] != targets[i]:
+                unlike.append(i)
+    notes = [f"{len(again)} lines name a file that an earlier line names too: {some(names[i] for i in again)}"] if again else []
+    if unlike:
+        notes.append(f"{len(unlike)} of these give it another label: {some(names[i] for i in unlike)}")
+    return notes
+
+
+def overlap(train: Source, val: Source) -> list[str]:
+    """Warns of validation files that are training files too, by their paths."""
+    if not (hasattr(train.records, "names") and hasattr(val.records, "names")) or not isinstance(val.records, FileRecords | ZipRecords):
+        return []
+    known = {same_name(train.name(i)) for i in range(len(train))}
+    both = [name for i in range(len(val)) if same_name(name := val.name(i)) in known]
+    return [f"{len(both)} of {len(val)} validation files are training files too: {some(both)}"] if both else []
 
 
 # csv: lists of files -------------------------------------------------------------------------------------------------------------------------
@@ -153,10 +173,18 @@ def open_csv(task: ConfigDict, what: str, split: str, data_root: Path, folders: 
         except UserError as error:
             problems += error.lines
             continue
+        bound = root if task.root else data_root if data_root != Path(".") else None
+        if bound and not task.allow_outside and (outside := [path for path in found if path and is_outside(path, str(bound))]):
+            count = f"{len(outside)} of {len(found)} files of {rows.file}"
+            problems.append(f"{count} lie outside {bound}: {some(outside)}. Correct the list, or set allow_outside=True")
         missing = [key for key, path in zip(rows.keys, found, strict=True) if not path]
+        if missing and (line := wrong_separator(rows)):
+            problems = [problem for problem in problems if not problem.startswith(str(rows.file))] + [line]
+            continue
         message = f"{len(missing)} of {len(found)} files of {rows.file} are not in {root}: {some(missing)}"
         if missing and rows.layout not in INCOMPLETE:
-            problems.append(f"{message}. Correct root or the list")
+            windows = any(re.match(r"[A-Za-z]:[\\/]", key) for key in missing)
+            problems.append(f"{message}. {'Write paths relative to root: these are of Windows' if windows else 'Correct root or the list'}")
         elif 2 * len(missing) > len(found):
             problems.append(f"{message}. More than half is missing: set root to the folder that holds the files")
         elif missing:
@@ -166,17 +194,12 @@ def open_csv(task: ConfigDict, what: str, split: str, data_root: Path, folders: 
     if problems:
         raise UserError(*problems)
 
-    if split == "train" and lookup is None and targets.min(initial=len(labels)) == 1:
-        notes.append(f"labels run from 1 to {targets.max()}, so class 0 is empty: numbers should start at 0")
     if task.multilabel:
         paths, targets = one_row_per_file(paths, owners, targets, len(labels))
         return Source(task.media, labels, FileRecords(paths, targets), f"csv {what}", len(set(absent)), notes)
     keep = np.array([bool(path) for path in paths], bool)
-    paths = [path for path in paths if path]
-    repeated = len(paths) - len(set(paths))
-    if repeated:
-        notes.append(f"{repeated} lines name a file that an earlier line names too")
-    return Source(task.media, labels, FileRecords(paths, targets[keep]), f"csv {what}", len(absent), notes)
+    paths, targets = [path for path in paths if path], targets[keep]
+    return Source(task.media, labels, FileRecords(paths, targets), f"csv {what}", len(absent), notes + repeats(paths, targets))
 
 
 def refuse_absent(task: ConfigDict, what: str, data_root: Path) -> None:

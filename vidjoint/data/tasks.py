@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from ml_collections import ConfigDict
 
 from vidjoint.data.examples import ClipSpec
+from vidjoint.data.files import some
+from vidjoint.data.isolated import Limits
+from vidjoint.data.labels import mirrored_classes
 from vidjoint.data.records import Source
-from vidjoint.data.sources import open_source
+from vidjoint.data.sources import open_source, overlap
 from vidjoint.errors import UserError
 
 
@@ -31,7 +34,9 @@ def clip_spec(config: ConfigDict, name: str) -> ClipSpec:
     settings = config.tasks[name]
     frames = 1 if settings.media == "image" else settings.frames or config.model.frames
     size = tuple(settings.image_size) if any(settings.image_size) else (config.model.image_size,) * 2
-    return ClipSpec(settings, frames, size, config.data.max_pixels, config.model.interpolation or "bilinear")
+    data = config.data
+    limits = Limits(data.decode_seconds, data.decode_memory * 2**20) if data.isolate in ("all", settings.media) else None
+    return ClipSpec(settings, frames, size, data.max_pixels, config.model.interpolation or "bilinear", data.max_frames, limits)
 
 
 def open_tasks(config: ConfigDict, splits: tuple[str, ...] = ("train", "val")) -> dict[str, Task]:
@@ -49,6 +54,11 @@ def open_tasks(config: ConfigDict, splits: tuple[str, ...] = ("train", "val")) -
             except UserError as error:
                 problems += [line for line in error.lines if line not in problems]
         source = opened["train"] or opened["val"]
+        if opened["train"] and opened["val"]:
+            opened["val"].warnings += overlap(opened["train"], opened["val"])
+        if opened["train"] and settings.flip and (pairs := mirrored_classes(source.labels)):
+            both = some(f"{one!r} and {other!r}" for one, other in pairs)
+            opened["train"].warnings.append(f"flip=True mirrors pictures, and {both} become each other: set tasks.{name}.flip=False")
         if source is not None:
             tasks[name] = Task(name, index, clip_spec(config, name), source.labels, **opened)
     if problems:

@@ -3,11 +3,13 @@
 Decoding runs on the calling thread (PyAV releases the GIL, so callers parallelise over files) and holds one clip and at most two decoded frames.
 """
 
+import bisect
 import contextlib
 import io
 import math
 import os
 import stat
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,9 +22,11 @@ from av.stream import Discard, Disposition
 from av.video.reformatter import VideoReformatter
 from PIL import Image, UnidentifiedImageError
 
+from vidjoint.data.packets import PacketsAhead
 from vidjoint.data.transforms import Geometry
 
 MAX_PIXELS = 8192 * 4352  # width x height; also bounds the memory of one decoder, at most some 16 such pictures
+MAX_FRAMES = 50_000  # decoded for one clip: half an hour of a video that has no keyframes to jump to
 MAX_RATE = 240  # frames per second; headers that claim more are checked against the packets
 
 # Containers whose index can be trusted to find keyframes -> the time stamp that their index holds. Every other format is decoded from its start.
@@ -30,6 +34,7 @@ INDEX_STAMP = {"mov,mp4,m4a,3gp,3g2,mj2": "dts", "avi": "dts", "matroska,webm": 
 
 # What Image.open may recognise. Not on the list: formats that start other programs (EPS) or that hold no photographs.
 Image.init()
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` is the limit here, and what is above it is said in one line
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}  # of pictures; FFmpeg has them under the same names
 IMAGE_FORMATS = [name for name in ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000") if name in Image.OPEN]
 EXIF_ORIENTATION = 0x0112
@@ -47,6 +52,13 @@ UPRIGHT = {  # EXIF orientation -> what brings the picture upright
 
 class DecodeError(Exception):
     """A file that cannot be used; the message is one line that says what is wrong with it."""
+
+
+class NoMemory(DecodeError):
+    """It takes more memory than there is, or than a decoding process may have."""
+
+    def __init__(self, message: str = "decoding it takes more memory than allowed (data.decode_memory)"):
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -71,16 +83,22 @@ class Video:
       decoded: frames decoded so far, a measure of the work done.
     """
 
-    def __init__(self, file: str | Path | bytes, max_pixels: int = MAX_PIXELS):
+    def __init__(self, file: str | Path | bytes, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES):
         """Opens a local file, or one held in memory, and decodes its first frame.
+
+        Args:
+          max_pixels: width x height of its pictures above which it is refused.
+          max_frames: how many frames `read` decodes, all calls together, before it gives up.
 
         Raises:
           DecodeError: no frame can be decoded, or pictures have more than `max_pixels` pixels (refused before decoding where the header tells).
         """
         self.decoded = 0
-        self._file, self._max_pixels = file, max_pixels
+        self._file, self._max_pixels, self._max_frames = file, max_pixels, max_frames
         self._opened = contextlib.ExitStack()
         self._resizer = VideoReformatter()
+        self._wanted = None  # the pts that read() was asked for, rising; None: all
+        self._chooses = True  # pictures that are not wanted may be left out
         try:
             with _one_line_reasons():
                 self._stream_index = self._choose_stream()
@@ -117,11 +135,15 @@ class Video:
         clip = np.empty((len(times), geometry.height, geometry.width, 3), np.uint8)
         # A thousandth of a tick absorbs the rounding of times that were computed from time stamps.
         ticks = np.floor(np.clip(times, 0, 1e8) / float(self._stream.time_base) + 1e-3)
+        order = np.argsort(times, kind="stable")
+        self._wanted = [self._first_pts + int(ticks[i]) for i in order]
+        if self._partial:  # for an earlier read
+            self._current = None
         done, row = None, None
         with _one_line_reasons():
-            for i in np.argsort(times, kind="stable"):
-                self._move_to(self._first_pts + int(ticks[i]))
-                clip[i] = clip[row] if self._current is done else self._picture(geometry, interpolation)
+            for i, pts in zip(order, self._wanted, strict=True):
+                self._move_to(pts)
+                _copy(clip[row] if self._current is done else self._picture(geometry, interpolation), clip[i])
                 done, row = self._current, i
         return clip
 
@@ -129,6 +151,16 @@ class Video:
     def time_base(self) -> Fraction:
         """Seconds in a tick of the file's time stamps."""
         return self._stream.time_base
+
+    @property
+    def seekable(self) -> bool:
+        """Whether a later frame can be had without decoding all before it."""
+        return self._seekable
+
+    @property
+    def began(self) -> float:
+        """The time stamp of the first displayed frame in the file, in seconds; what accompanies the pictures counts from there, too."""
+        return float(self._first_pts * self._stream.time_base)
 
     def frames(self, height: int, width: int) -> Iterator[tuple[int, av.VideoFrame]]:
         """Plays the whole video: yields (ticks, picture) of each frame that is ever shown, from ticks 0 on, rising.
@@ -139,6 +171,7 @@ class Video:
         Raises:
           DecodeError: a frame can't be decoded.
         """
+        self._wanted = None
         with _one_line_reasons():
             self._start(self._stream_index)
             ticks = 0
@@ -173,7 +206,7 @@ class Video:
 
     def _open(self) -> None:
         self.close()
-        self._container = self._opened.enter_context(_open_container(self._file, self._max_pixels))
+        self._container = self._opened.enter_context(open_container(self._file, self._max_pixels))
         self._untouched = True
 
     def _start(self, index: int) -> None:
@@ -186,6 +219,7 @@ class Video:
         if context is None:
             raise DecodeError("there is no decoder for its codec")
         self._check_size(context.width, context.height)
+        self._chooses = self._chooses and context.name == "h264"  # which says of each picture whether others lean on it
         context.thread_type = "NONE"
         context.thread_count = 1
         context.options = _codec_options(self._max_pixels)
@@ -199,8 +233,10 @@ class Video:
                 self._container.seek(stream.start_time or 0, stream=stream)
             except av.error.FFmpegError:  # not seekable: take it as it comes
                 self._stamp = None
+        wanted, self._wanted = self._wanted, None
         self._play()
         self._current = self._next()
+        self._wanted = wanted
         if self._current is None:
             raise DecodeError(f"no frame can be decoded{': ' + self._damage if self._damage else ''}")
         self._first_pts = self._current[0]
@@ -237,8 +273,11 @@ class Video:
 
     def _play(self) -> None:
         """Starts decoding where the container stands."""
+        self._packets = PacketsAhead(self._container.demux(self._stream))
         self._frames = self._decode()
         self._current = self._ahead = None
+        self._given = set()  # pts of the wanted pictures that the decoder has been given
+        self._partial = False  # not all pictures come out of the decoder, but those wanted do
         self._damage = ""  # why decoding ended early
         self._first_key = None  # index stamp and pts of the first keyframe read since
         self._reached = -(2**63)  # largest index stamp of a keyframe read since
@@ -247,14 +286,24 @@ class Video:
         """Yields (pts, frame) in order of display. Damage before the first frame is passed over: streams may begin between keyframes."""
         step = max(1, round(1 / (float(self._stream.time_base) * float(self._stream.guessed_rate or 25))))
         last = None
-        for packet in self._container.demux(self._stream):
+        context, drained = self._stream.codec_context, False
+        for packet in self._packets:
             if packet.is_keyframe and packet.size and self._stamp:
                 stamp = getattr(packet, self._stamp)
                 if stamp is not None and packet.pts is not None:
                     self._first_key = self._first_key or (stamp, packet.pts)
                     self._reached = max(self._reached, stamp)
+            chooses = self._chooses and self._wanted is not None and packet.size > 0
+            wanted = not chooses or self._packets.may_show(packet, self._wanted)
+            if wanted:
+                self._given.add(packet.pts)
+            drained = chooses and self._jumps_next()
+            self._partial = self._partial or drained or not wanted
+            context.skip_frame = "DEFAULT" if wanted or packet.is_keyframe else "NONREF"
             try:
                 frames = packet.decode()
+                if drained:  # no need to decode on until they come out
+                    frames += context.decode(None)
             except av.error.FFmpegError as error:
                 if last is not None:
                     raise
@@ -265,6 +314,18 @@ class Video:
                 self._check_size(frame.width, frame.height)
                 last = frame.pts if frame.pts is not None else (0 if last is None else last + step)
                 yield last, frame
+            if drained:
+                return
+
+    def _jumps_next(self) -> bool:
+        """Whether the decoder has been given all pictures that are wanted before the next jump."""
+        for i in range(self._place, len(self._wanted)):
+            key = self._keyframe_before(self._wanted[i])
+            if i > self._place and key is not None and key > self._reached:
+                return True
+            if self._packets.shown_at(self._wanted[i]) not in self._given:
+                return False
+        return True
 
     def _next(self) -> tuple[int, av.VideoFrame] | None:
         """The next frame, or None at the end; `_damage` then tells whether the file ended in order."""
@@ -279,10 +340,28 @@ class Video:
 
     def _move_to(self, pts: int) -> None:
         """Makes `_current` the frame shown at `pts` (>= the first): plays on, or jumps if that is shorter or if it lies behind."""
+        self._place = bisect.bisect_left(self._wanted, pts)
+        if self._is_there(pts):
+            return
         key = self._keyframe_before(pts)
         if self._current is None or pts < self._current[0] or (key is not None and key > self._reached):
             self._jump(pts)
-        while True:
+        try:
+            self._play_to(pts)
+        except DecodeError:
+            if not self._partial:
+                raise
+        if self._partial and not self._is_there(pts):  # time stamps that lie, or damage: never again in this file
+            self._chooses = False
+            self._jump(pts)
+            self._play_to(pts)
+
+    def _is_there(self, pts: int) -> bool:
+        """Whether packets tell that `_current` is the frame shown at `pts`."""
+        return self._chooses and self._current is not None and self._packets.shown_at(pts) == self._current[0]
+
+    def _play_to(self, pts: int) -> None:
+        while not self._is_there(pts):
             self._ahead = self._ahead or self._next()
             if self._ahead is None:
                 now, frame = self._current
@@ -292,6 +371,8 @@ class Video:
                 return
             if self._ahead[0] > pts:
                 return
+            if self.decoded > self._max_frames:
+                raise DecodeError(f"more than {self._max_frames} frames would have to be decoded for one clip (data.max_frames)")
             self._current, self._ahead = self._ahead, None
 
     def _keyframe_before(self, pts: int) -> int | None:
@@ -401,7 +482,9 @@ def read_image(
             left, top = geometry.left * right, geometry.top * down
             box = (left, top, min(left + geometry.width * right, picture.width), min(top + geometry.height * down, picture.height))  # min: rounding
             pixels = np.asarray(picture.resize((geometry.width, geometry.height), INTERPOLATIONS[interpolation], box=box))
-    return np.ascontiguousarray(pixels[:, ::-1] if geometry.flip else pixels)[None]
+    picture = np.empty((1, *pixels.shape), np.uint8)
+    _copy(pixels[:, ::-1] if geometry.flip else pixels, picture[0])
+    return picture
 
 
 # Files
@@ -425,17 +508,24 @@ def _open_file(file: str | Path | bytes) -> io.IOBase:
     """Opens a local file by its very name, so that no library sees a protocol, a pattern or an option in it."""
     if isinstance(file, (bytes, bytearray, memoryview)):
         return io.BytesIO(file)
+    return open_regular(file)
+
+
+def open_regular(file: str | Path) -> io.IOBase:
+    """Opens a file; raises DecodeError for a folder, or a pipe that would block, and OSError."""
     if not stat.S_ISREG(os.stat(file).st_mode):
-        raise DecodeError("not a file")  # a folder, or a pipe that would block
+        raise DecodeError("not a file")
     return open(file, "rb", buffering=0)
 
 
 @contextlib.contextmanager
-def _open_container(file: str | Path | bytes, max_pixels: int) -> Iterator[av.container.InputContainer]:
+def open_container(file: str | Path | bytes, max_pixels: int) -> Iterator[av.container.InputContainer]:
     with _open_file(file) as opened:
         options = {**_codec_options(max_pixels), "protocol_whitelist": "none"}  # playlists may not open anything else
         try:
             container = av.open(opened, "r", buffer_size=1 << 16, options=options, metadata_errors="replace")
+        except av.error.MemoryError:
+            raise NoMemory from None
         except av.error.FFmpegError as error:
             raise DecodeError(f"no video, or damaged at its head: {_reason(error)}") from None
         with container:
@@ -449,7 +539,7 @@ def _codec_options(max_pixels: int) -> dict[str, str]:
 def _scan(file: str | Path | bytes, max_pixels: int, index: int, first_pts: int) -> tuple[float, int]:
     """Returns the duration in seconds (0 if packets have no times) and the number of frames of one stream, from its packets, without decoding."""
     frames, end = 0, first_pts
-    with _open_container(file, max_pixels) as container:
+    with open_container(file, max_pixels) as container:
         stream = container.streams[index]
         with contextlib.suppress(av.error.FFmpegError):  # damaged: what can be read counts
             for packet in container.demux(stream):
@@ -466,6 +556,8 @@ def _one_line_reasons() -> Iterator[None]:
         yield
     except DecodeError:
         raise
+    except MemoryError:
+        raise NoMemory from None
     except Exception as error:
         raise DecodeError(_reason(error)) from None
 
@@ -475,6 +567,15 @@ def _reason(error: Exception) -> str:
         return "no picture, or of an unknown kind"
     text = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
     return text[0] if text else type(error).__name__
+
+
+def _copy(picture: np.ndarray, into: np.ndarray) -> None:
+    """Copies uint8[H, W, 3]; where pixels don't lie one after the other (mirrored, turned), NumPy is ten times as fast with one channel at a time."""
+    if picture.strides[1:] == (3, 1):
+        into[...] = picture
+    else:
+        for channel in range(3):
+            into[..., channel] = picture[..., channel]
 
 
 # Rotation. A display matrix (a, b, c, d) puts source pixel (x, y) at (a x + c y, b x + d y), x to the right, y down.

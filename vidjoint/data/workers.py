@@ -1,6 +1,7 @@
 """Threads and processes that decode batches ahead of their use, in order, in bounded memory."""
 
 import contextlib
+import logging
 import math
 import multiprocessing
 import os
@@ -18,6 +19,10 @@ from absl import flags
 from vidjoint.errors import UserError
 
 SHARED_MEMORY = "/dev/shm"  # through which worker processes pass batches
+DEATH = "terminated unexpectedly with exit code"  # as grain says it
+MOST_DEATHS = 3  # of worker processes, one after another without a batch between them
+
+log = logging.getLogger(__name__)
 
 
 def cores() -> int:
@@ -80,25 +85,45 @@ def decode_ahead(decoder: Decoder, numbers: range, rows: int, prefetch: int, wor
     """Yields the elements `numbers` of a decoder, and closes it. An element has at least so many `rows`, and at most so many bytes.
 
     At any time `prefetch` elements are decoded or being decoded, besides those handed out; more only where they have fewer rows than there are
-    threads. With worker processes, each of them makes whole elements, and at least four are held for each.
+    threads. With worker processes, each of them makes whole elements, and at least four are held for each. Should one be killed, new ones go on with
+    the element that is next.
 
     Raises:
-      UserError: the elements that the workers hold don't fit into shared memory.
+      UserError: the elements that the workers hold don't fit into shared memory, or the workers are killed again and again.
     """
-    elements = grain.MapDataset.range(numbers.start, numbers.stop).map(decoder)
-    with contextlib.closing(decoder):
+    busy = math.ceil(decoder.threads / rows) + 1  # elements in work; the threads are at the first, and begin the next before it is whole
+    buffer = max(1, prefetch // (2 * workers) - 1) if workers else 0  # grain has two per worker, and one element waiting before each of them
+    if workers:
+        _check_shared_memory(workers, (workers * (2 * buffer + 2) + 1) * most_bytes)
+        if not flags.FLAGS.is_parsed():  # grain reads its settings from flags
+            flags.FLAGS.mark_as_parsed()
+
+    def elements_from(number: int) -> Iterator:
+        elements = grain.MapDataset.range(number, numbers.stop).map(decoder)
         if workers:
-            buffer = max(1, prefetch // (2 * workers) - 1)  # grain has two such buffers per worker, and one element waiting before each of them
-            _check_shared_memory(workers, (workers * (2 * buffer + 2) + 1) * most_bytes)
-            if not flags.FLAGS.is_parsed():  # grain reads its settings from flags
-                flags.FLAGS.mark_as_parsed()
-            elements = elements.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(grain.MultiprocessingOptions(workers, buffer), _begin)
-        else:
-            busy = math.ceil(decoder.threads / rows) + 1  # elements in work; the threads are at the first, and begin the next before it is whole
-            prefetch = max(prefetch, busy - 1)
-            elements = elements.to_iter_dataset(grain.ReadOptions(min(busy, prefetch), prefetch))
-        with contextlib.closing(iter(elements)) as iterator:
-            yield from iterator
+            return iter(elements.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(grain.MultiprocessingOptions(workers, buffer), _begin))
+        ahead = max(prefetch, busy - 1)
+        return iter(elements.to_iter_dataset(grain.ReadOptions(min(busy, ahead), ahead)))
+
+    number, deaths = numbers.start, 0
+    with contextlib.closing(decoder):
+        while True:
+            with contextlib.closing(elements_from(number)) as elements:
+                try:
+                    for element in elements:
+                        yield element
+                        number, deaths = number + 1, 0
+                    return
+                except RuntimeError as error:  # what grain makes of a process that is no more
+                    if not (workers and DEATH in str(error)):
+                        raise
+                    reason, deaths = str(error).partition(DEATH)[2].split(".")[0].strip(), deaths + 1
+            if deaths == MOST_DEATHS:
+                raise UserError(
+                    f"a process of data.workers={workers} ended {deaths} times before it gave a batch, the last time with exit code {reason}: "
+                    "it may lack memory (set data.workers=0: threads need less), or somebody ends it"
+                )
+            log.warning("a process of data.workers=%d ended (exit code %s): all are started anew, from the batch that is next", workers, reason)
 
 
 def _check_shared_memory(workers: int, needed: int) -> None:

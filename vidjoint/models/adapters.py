@@ -32,7 +32,7 @@ class Adapter(nnx.Module):
 
     def __init__(self, spec: ViTSpec, place: tuple[int, int], flow: int, rngs: nnx.Rngs):
         """`place`: number of the block, and 0 at its attention or 1 at its MLP; `flow`: F, the numbers of AM flow per token, 0 without."""
-        self.place, self.width = place, spec.width
+        self.width = spec.width
         self.serial, self.double = spec.am_flow.adapter == "serial", spec.am_flow.double_residual
         self.scale = nnx.Param(jnp.ones(()))
         self.make(spec, flow, rngs)
@@ -143,6 +143,10 @@ class HyperNet(nnx.Module):
 
 class Hyperformer(Adapter):
     """Parallel adapter whose norm and matrices come from the shared `HyperNet`; only its scalar s is its own."""
+
+    def __init__(self, spec: ViTSpec, place: tuple[int, int], flow: int, rngs: nnx.Rngs):
+        super().__init__(spec, place, flow, rngs)
+        self.place = place
 
     @staticmethod
     def make_shared(spec: ViTSpec, rngs: nnx.Rngs) -> HyperNet:

@@ -11,12 +11,16 @@ from vidjoint.models.mixers.base import Grid
 from vidjoint.models.spec import ViTSpec
 
 
+def drop_rates(spec: ViTSpec) -> tuple[float, ...]:
+    """The rate of stochastic depth of each block: it rises linearly from 0."""
+    return tuple(spec.drop_path * index / max(spec.depth - 1, 1) for index in range(spec.depth))
+
+
 class Block(nnx.Module):
     """Pre-norm attention and MLP, each with a residual; the mixer's hooks lie between them."""
 
     def __init__(self, spec: ViTSpec, index: int, rngs: nnx.Rngs):
         """`index` counts the blocks of the model from 0."""
-        self.drop_rate = spec.drop_path * index / max(spec.depth - 1, 1)
         self.norm1 = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
         self.attn = Attention(spec.width, spec.heads, dtype=spec.dtype, rngs=rngs)
         self.norm2 = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
@@ -35,13 +39,15 @@ class Block(nnx.Module):
         residual = self.mlp(self.norm2(x))
         return self.scale2(residual) if self.has_scales else residual
 
-    def __call__(self, x: jax.Array, key: jax.Array | None, grid: Grid | None = None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """float[B, T, N, D] -> the same, and the mixer's branch features; `key` drives stochastic depth, None turns it off.
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None, grid: Grid | None = None, rate: float | jax.Array = 0.0
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """float[B, T, N, D] -> the same, and the mixer's branch features; `key` drives stochastic depth at that rate, None turns it off.
 
         `grid`: rows and columns of the patches of a frame; mixer `motion` cannot do without.
         """
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
-        drops = [functools.partial(drop_path, rate=self.drop_rate, key=k) for k in keys]
+        drops = [functools.partial(drop_path, rate=rate, key=k) for k in keys]
         x = self.mixer.before_attention(x, drops[0], grid)
         residual, q, k = self.mixer.attend(self.attn, self.norm1(x))
         residual, branches = self.mixer.after_attention(self.attention_scale(residual), x, q, k)

@@ -59,6 +59,7 @@ class Model:
 
     spec: ViTSpec
     classes: tuple[tuple[str, int], ...]  # (task, number of classes)
+    kinds: tuple | None = None  # with spec.scan: blocks of unlike kinds are not in one loop, though they be equal
 
     def init(self, key: jax.Array) -> dict:
         """Fresh float32 parameters; jit-able."""
@@ -73,7 +74,9 @@ class Model:
         graph, state = _skeleton(self)
         state = jax.tree.map(lambda x: x, state)  # a copy of the tree: the next line fills it
         nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params))
-        return nnx.merge(graph, state)
+        vit = nnx.merge(graph, state)
+        vit.kinds = self.kinds
+        return vit
 
     def logits(self, params: dict, pixels: jax.Array, key: jax.Array | None = None) -> dict[str, jax.Array]:
         """uint8 or float[B, T, height, width, 3] in 0..255 -> {task: logits float32[B, C]}. A key turns stochastic depth and dropout on."""

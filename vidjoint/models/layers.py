@@ -12,6 +12,7 @@ from flax import nnx
 
 XAVIER = nnx.initializers.xavier_uniform()  # scaled to the width, as in ViT's own code: a fixed 0.02 leaves narrow models almost linear, and stuck
 ZEROS = nnx.initializers.zeros_init()
+FEW = 32  # tokens: the attention maps of so few are so small that a CPU transposes them in less time than it loses by reading them transposed
 
 
 class Dense(nnx.Linear):
@@ -44,22 +45,24 @@ def _merged(q, k, v, mask):
     batch, _, heads, _ = q.shape
     q, k, v = (rearrange(x, "b n h d -> (b h) n d") for x in (q, k, v))
     mask = None if mask is None else jnp.repeat(mask, heads, axis=0)[:, None]
-    return rearrange(_attend(q, k, v, mask), "(b h) n d -> b n h d", b=batch, h=heads)
+    few = q.shape[1] <= FEW and k.shape[1] <= FEW
+    return rearrange(_attend(few, q, k, v, mask), "(b h) n d -> b n h d", b=batch, h=heads)
 
 
 def _by_heads(q, k, v, mask):
     """Heads as an axis of their own: where they are split over devices (mesh.tensor), a merged axis would make XLA gather all of them on each."""
     q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
     mask = None if mask is None else mask[:, None, None]
-    return rearrange(_attend(q, k, v, mask), "b h n d -> b n h d")
+    return rearrange(_attend(False, q, k, v, mask), "b h n d -> b n h d")
 
 
-@jax.custom_vjp
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return _attend_forward(q, k, v, mask)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(turn_first: bool, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """`turn_first`: transpose maps before they are multiplied from that side, in place of a product that reads them so."""
+    return _attend_forward(turn_first, q, k, v, mask)[0]
 
 
-def _attend_forward(q, k, v, mask):
+def _attend_forward(_, q, k, v, mask):
     logits = _logits(q, k, mask)
     most = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - most)
@@ -69,15 +72,20 @@ def _attend_forward(q, k, v, mask):
     return out, (q, k, v, mask, out, most, total)
 
 
-def _attend_backward(saved, grad):
+def _attend_backward(turn_first, saved, grad):
     q, k, v, mask, out, most, total = saved
+
+    def by_columns(x: jax.Array, y: jax.Array) -> jax.Array:  # [..., N, M], [..., N, d] -> [..., M, d]
+        if turn_first:
+            return jnp.einsum("...mn,...nd->...md", jax.lax.optimization_barrier(x.swapaxes(-1, -2)), y)
+        return jnp.einsum("...nm,...nd->...md", x, y)
+
     weights = jnp.exp(_logits(q, k, mask) - most)
     grad = grad / total  # float32
     own = (grad * out).sum(axis=-1, keepdims=True)
     grad = grad.astype(v.dtype)
     to_logits = (weights * (jnp.einsum("...nd,...md->...nm", grad, v, preferred_element_type=jnp.float32) - own)).astype(q.dtype)
-    to_v = jnp.einsum("...nm,...nd->...md", weights.astype(v.dtype), grad)
-    return jnp.einsum("...nm,...md->...nd", to_logits, k), jnp.einsum("...nm,...nd->...md", to_logits, q), to_v, None
+    return jnp.einsum("...nm,...md->...nd", to_logits, k), by_columns(to_logits, q), by_columns(weights.astype(v.dtype), grad), None
 
 
 def _logits(q, k, mask):
@@ -151,9 +159,9 @@ class LayerScale(nnx.Module):
         return x * self.gamma[...].astype(x.dtype)
 
 
-def drop_path(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def drop_path(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
     """Stochastic depth (Huang et al. 2016): zeroes examples of a residual float[B, ...] with probability `rate`; others grow by 1 / (1 - rate)."""
-    if rate == 0.0 or key is None:
+    if key is None or (isinstance(rate, float) and rate == 0.0):
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
-    return jnp.where(keep, x / (1.0 - rate), 0)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), 0)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vidjoint.models.block import Block
+from vidjoint.models.block import Block, drop_rates
 from vidjoint.models.layers import Attention, dot_product_attention, layer_norm
 from vidjoint.models.position import resize_time
 from vidjoint.models.spec import ViTSpec
@@ -83,8 +83,8 @@ class ClassAttention(nnx.Module):
         self.blocks = nnx.List([ClassAttentionBlock(spec, rngs) for _ in range(spec.class_attention.blocks)])
 
     def __call__(self, x: jax.Array, norm: Callable, key: jax.Array | None) -> jax.Array:
-        patches = x[:, :, self.prefix :].reshape(len(x), -1, x.shape[-1])
-        token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
+        patches = x[:, :, self.prefix :].reshape(x.shape[0], -1, x.shape[-1])
+        token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
         for block in self.blocks:
             token = block(token, patches)
         return norm(token[:, 0])
@@ -122,6 +122,7 @@ class TemporalEncoder(nnx.Module):
         self.class_token = nnx.Param(table(rngs, spec.width))
         self.time = nnx.Param(table(rngs, spec.times, spec.width))
         self.blocks = nnx.List([Block(plain(spec, depth), i, rngs) for i in range(depth)])
+        self.rates = drop_rates(plain(spec, depth))
         self.norm = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
 
     def __call__(self, x: jax.Array, norm: Callable, key: jax.Array | None) -> jax.Array:
@@ -131,7 +132,7 @@ class TemporalEncoder(nnx.Module):
         token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (batch, 1, width))
         x = jnp.concatenate([token, x], axis=1)[:, None]  # [B, 1, 1 + T, D]: to a block, one frame whose tokens are the frames
         for i, block in enumerate(self.blocks):
-            x, _ = block(x, None if key is None else jax.random.fold_in(key, i))
+            x, _ = block(x, None if key is None else jax.random.fold_in(key, i), rate=self.rates[i])
         return self.norm(x[:, 0, 0])
 
 
@@ -141,7 +142,7 @@ def cross_attention(attention: Attention, queries: jax.Array, keys: jax.Array) -
     kernels, biases = (jnp.split(p[...].astype(dtype), 3, axis=-1) for p in (attention.qkv.kernel, attention.qkv.bias))
 
     def project(x, i):
-        return (x.reshape(-1, width) @ kernels[i] + biases[i]).reshape(len(x), -1, heads, width // heads)
+        return (x.reshape(-1, width) @ kernels[i] + biases[i]).reshape(x.shape[0], -1, heads, width // heads)
 
     out = dot_product_attention(project(queries, 0), project(keys, 1), project(keys, 2))
     return attention.proj(out.reshape(queries.shape))

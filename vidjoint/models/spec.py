@@ -77,6 +77,7 @@ class ViTSpec:
     class_token: bool = True
     dtype: str = "float32"
     remat: str = "none"
+    scan: bool = False
     drop_path: float = 0.0
     dropout: float = 0.0
     gelu: str = "exact"

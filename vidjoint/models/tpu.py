@@ -122,7 +122,7 @@ class LSTMUnit(nnx.Module):
         self.cells = nnx.List([nnx.OptimizedLSTMCell(n, self.width, dtype=dtype, rngs=rngs, **start) for n in inputs])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        zeros = jnp.zeros((len(x), self.width))
+        zeros = jnp.zeros((x.shape[0], self.width))  # not len(x): the batch may be symbolic (vidjoint.export)
         x = rearrange(x, "s t w -> t s w")
         for cell in self.cells:  # nnx.RNN carries the weights through its scan, and so keeps one copy of them for every frame
             _, x = jax.lax.scan(lambda state, frame, cell=cell: cell(state, frame), (zeros, zeros), x)
@@ -150,4 +150,4 @@ class TPU(nnx.Module):
             x = embedding.mean(axis=2, dtype=jnp.float32)
         x = self.unit(x)
         x = x.mean(axis=1) if self.mean else x[:, -1]
-        return x.reshape(len(embedding), -1, x.shape[-1]).mean(axis=1)
+        return x.reshape(embedding.shape[0], -1, x.shape[-1]).mean(axis=1)

@@ -1,13 +1,17 @@
 """The shared backbone: a Vision Transformer on tokens float[B, T, N, D] with a temporal mixer in every block, and one head per task."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vidjoint.models.block import Block
+from vidjoint.models.block import Block, drop_rates
 from vidjoint.models.embed import PatchEmbed
 from vidjoint.models.heads import Heads
 from vidjoint.models.layers import layer_norm
+from vidjoint.models.loop import loop, runs
 from vidjoint.models.pooling import POOLS
 from vidjoint.models.spec import ViTSpec
 
@@ -22,6 +26,7 @@ class ViT(nnx.Module):
 
     def __init__(self, spec: ViTSpec, classes: dict[str, int], rngs: nnx.Rngs):
         self.spec = spec
+        self.kinds: tuple | None = None  # see `build.Model`
         self.embed = PatchEmbed(spec, rngs)
         self.blocks = nnx.List([Block(spec, i, rngs) for i in range(spec.depth)])
         for block in self.blocks[1:]:
@@ -38,12 +43,22 @@ class ViT(nnx.Module):
         """
         x, branches = self.embed(pixels), []
         grid = pixels.shape[2] // self.spec.patch, pixels.shape[3] // self.spec.patch
-        run = Block.__call__
+        drops = key is not None and self.spec.drop_path > 0
+        keys = [jax.random.fold_in(key, i) if drops else None for i in range(self.spec.depth)]
+        rates = drop_rates(self.spec)
+        run, remat = Block.__call__, {}
         if self.spec.remat != "none":
-            run = nnx.remat(run, static_argnums=3, policy=REMAT[self.spec.remat])
-        for i, block in enumerate(self.blocks):
-            x, more = run(block, x, None if key is None else jax.random.fold_in(key, i), grid)
-            branches += more
+            run = nnx.remat(run, static_argnums=(3, 4), policy=REMAT[self.spec.remat])
+            remat = {"remat": functools.partial(jax.checkpoint, policy=REMAT[self.spec.remat], prevent_cse=False)}
+        for numbers in runs(self.blocks, self.kinds) if self.spec.scan else [range(i, i + 1) for i in range(self.spec.depth)]:
+            first, *others = numbers
+            if others:
+                each = [[values[i] for i in numbers] if drops else None for values in (keys, rates)]
+                x, more = loop(lambda block, x, key, rate: block(x, key, grid, rate), [self.blocks[i] for i in numbers], x, *each, **remat)
+                branches += itertools.chain(*more)
+            else:
+                x, more = run(self.blocks[first], x, keys[first], grid, rates[first])
+                branches += more
         return x, branches
 
     def tokens(self, pixels: jax.Array) -> jax.Array:

@@ -128,7 +128,10 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Ma
     part = path.with_name(path.name + ".part")
     rows = {name: np.asarray(array, order="C") for name, array in arrays.items()}  # the library writes the memory as it lies
     try:
+        part.touch()
+        mode = part.stat().st_mode  # the usual one; the library's own file is for its owner alone
         save_file(rows, part, dict(metadata))
+        part.chmod(mode)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)

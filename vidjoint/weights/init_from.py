@@ -15,6 +15,8 @@ from vidjoint.models.spec import ViTSpec
 from vidjoint.weights.pretrained import Pretrained, flat
 
 SAME = ("gelu", "norm_eps", "last_norm_eps", "mean", "std", "layer_scale", "registers", "pre_norm", "pool")  # settings that the parameters rely on
+OF_CLASS_TOKEN = ("class_token", "last_frame", "frame_mean")  # pools that are the same thing for one frame: a change among them is no misfit
+WITH_PARAMETERS = ("class_attention", "temporal_encoder")  # pools that are told of as new parameters
 KINDS = ("loaded", "resized", "inflated from the image embedding", "copied from the spatial attention", "new", "unused")
 # Parameters that come and go with settings of the new run: no reason need be given for them
 EXPECTED = re.compile(r"heads/.*|pool/.*|blocks/\d+/mixer/.*|embed/(time|class_token|video_.*)")
@@ -127,11 +129,10 @@ def plan(weights: Pretrained, new: Mapping, spec: ViTSpec, labels: Mapping[str, 
         made_from = source.get(taken) or (taken,) * (taken != name) if name in found else ()
         lines.append(Line(kinds[name], name, tuple(x.shape), shape.get(taken), made_from))
     lines += [Line("unused", name, shape[name], None, source.get(name, ())) for name in unused]
-    warnings = [
-        f"model.{key} was {getattr(old_spec, key)} there and is {getattr(spec, key)} here: is that meant?"
-        for key in SAME
-        if getattr(old_spec, key) != getattr(spec, key)
-    ]
+    odd = [key for key in SAME if getattr(old_spec, key) != getattr(spec, key)]
+    if spec.pool in WITH_PARAMETERS or {old_spec.pool, spec.pool} <= set(OF_CLASS_TOKEN):
+        odd = [key for key in odd if key != "pool"]
+    warnings = [f"model.{key} was {getattr(old_spec, key)} there and is {getattr(spec, key)} here: is that meant?" for key in odd]
     return Plan(weights, found, tuple(lines), tuple(warnings))
 
 

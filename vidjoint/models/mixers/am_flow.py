@@ -133,8 +133,7 @@ class AMFlow(Mixer):
         flow = self.settings.flow if self.active else "none"
         self.numbers = 0 if flow == "none" else spec.heads if self.settings.flow_heads == "each" else 1  # per token
         adapter = ADAPTERS[self.settings.adapter]
-        if index == 0:
-            self.shared = adapter.make_shared(spec, rngs)
+        self.shared = nnx.data(adapter.make_shared(spec, rngs) if index == 0 else None)
         self.attention_adapter = adapter(spec, (index, 0), self.numbers, rngs)
         self.mlp_adapter = adapter(spec, (index, 1), 0, rngs)
         if flow == "aligned":

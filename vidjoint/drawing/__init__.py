@@ -1,0 +1,1 @@
+"""Pictures for people: labels on videos, timelines, attention over frames."""
