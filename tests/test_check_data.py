@@ -166,7 +166,8 @@ def test_labels_are_checked_against_the_classes(videos, tmp_path, capsys):
     assert run(tmp_path / "l.csv", f"--root={videos}", f"--json={tmp_path / 'r.json'}") == 0
     assert report_of(tmp_path / "r.json")["label_warnings"] == ["train: labels leave out 0, 2: 2 of the 4 classes, 0 to 3, have no examples"]
     assert run(tmp_path / "l.csv", f"--root={videos}", "--classes=3", f"--json={tmp_path / 'r.json'}") == 1
-    assert report_of(tmp_path / "r.json")["label_faults"] == [f"train: {tmp_path}/l.csv: labels run from 1 to 3; they must run from 0 to 2: subtract 1 from each"]
+    (fault,) = report_of(tmp_path / "r.json")["label_faults"]
+    assert fault == f"train: {tmp_path}/l.csv: labels run from 1 to 3; they must run from 0 to 2: subtract 1 from each"
     (tmp_path / "labels.txt").write_text("turn left\nturn right\n")
     (tmp_path / "l.csv").write_text("a.mp4,turn left\nb c.mp4,turn back\n")
     assert run(tmp_path / "l.csv", f"--root={videos}", f"--labels={tmp_path / 'labels.txt'}", f"--json={tmp_path / 'r.json'}") == 1

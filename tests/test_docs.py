@@ -115,20 +115,20 @@ def test_links_and_paths_lead_somewhere(page):
         assert list(ROOT.glob(path.rstrip("/"))) or path == "vidjoint/models/mixers/difference.py", path
 
 
-@pytest.fixture
-def clips(tmp_path, monkeypatch):
-    """The current folder, with what the examples name: a run of the demo that has not learned anything, a clip, a folder of clips by class."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder with what the examples name: runs/demo, a run of the demo that has not learned anything, and clip.mp4."""
+    root = tmp_path_factory.mktemp("examples")
     config, _ = parse([f"--config={ROOT / 'configs' / 'demo.py'}"])
     config.model.update(width=16, depth=1, mlp_dim=16)
     labels = {"appearance": tuple("0123456789"), "digits": tuple("0123456789"), "motion": tuple("abcdefgh")}
-    folder = tmp_path / "runs" / "demo"
+    folder = root / "runs" / "demo"
     RunFolder(folder).write(config, labels)
     params = jax.jit(build(config.model, {task: len(names) for task, names in labels.items()}).init)(jax.random.key(0))
     with Checkpoints(folder, 1) as checkpoints:
         checkpoints.save(1, {"params": params, "frozen": {}, "ema": {}}, None)
-    tiny.write_clip(tmp_path / "clip.mp4", 0)
-    return tmp_path
+    tiny.write_clip(root / "clip.mp4", 0)
+    return root
 
 
 def given() -> dict:
@@ -137,8 +137,9 @@ def given() -> dict:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_python_runs(page, clips):
+def test_python_runs(page, demo, monkeypatch):
     """The blocks of a page, one after the other; an experiment among them has no unknown key or value."""
+    monkeypatch.chdir(demo)
     names = given()
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), names)

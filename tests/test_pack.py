@@ -17,7 +17,7 @@ from PIL import Image
 from tests.data.listed import faults, opened
 from tests.data.test_video import HEIGHT, WHOLE, WIDTH, numbered, numbers, write
 from vidjoint import check_data, config, evaluate, pack, validate
-from vidjoint.data import packed
+from vidjoint.data import packed, shards
 from vidjoint.data.encode import Encoding, encode_image, encode_video
 from vidjoint.data.examples import ClipSpec, training_clip
 from vidjoint.data.transforms import Geometry
@@ -257,7 +257,7 @@ def test_faults_of_a_source(films):
 
 
 def test_a_killed_run_goes_on(films, monkeypatch, capsys):
-    calls, encode = [], pack.encode
+    calls, encode = [], shards.encode
 
     def slow(source, row, how):
         calls.append(row)
@@ -265,7 +265,7 @@ def test_a_killed_run_goes_on(films, monkeypatch, capsys):
             raise KeyboardInterrupt
         return encode(source, row, how)
 
-    monkeypatch.setattr(pack, "encode", slow)
+    monkeypatch.setattr(shards, "encode", slow)
     assert command(films) == 130
     kept = sorted(file.name for file in (films / "out").glob("packed*"))
     assert kept == ["packed-train.array_record-00000-of-00003"]  # the second is not whole: it has not got its name
@@ -274,10 +274,10 @@ def test_a_killed_run_goes_on(films, monkeypatch, capsys):
     calls[:] = [4]
     assert command(films) == 1
     assert set(calls[1:]) == {3, 4, 5, 6} and (films / "out" / kept[0]).stat().st_mtime_ns == stamp
-    shards = {file.name: file.read_bytes() for file in (films / "out").glob("packed*")}
+    written = {file.name: file.read_bytes() for file in (films / "out").glob("packed*")}
     (films / "out").rename(films / "before")
     assert command(films, "--workers=2") == 1  # and in processes
-    assert {file.name: file.read_bytes() for file in (films / "out").glob("packed*")} == shards
+    assert {file.name: file.read_bytes() for file in (films / "out").glob("packed*")} == written
 
 
 def test_refusals(films, capsys):

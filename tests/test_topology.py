@@ -29,11 +29,42 @@ HLO = """
 
 
 def test_collectives_are_counted_once_with_the_bytes_of_their_results():
-    assert topology.collectives(HLO) == {
+    assert topology.collectives(topology.repeated_lines(HLO)) == {
         "all-gather": {"count": 1, "bytes": 8 * 8 * 4},
         "all-reduce": {"count": 2, "bytes": 4 * 2 * 4 + 3 * 2 + 4},
         "collective-permute": {"count": 1, "bytes": 16},
     }
+
+
+LOOPS = """HloModule jit_f
+%inner_body (p: s32[]) -> s32[] {
+  %all-gather.1 = f32[8]{0} all-gather(%x), dimensions={0}
+}
+%inner_condition (p: s32[]) -> pred[] {
+  %constant.5.clone = s32[]{:T(128)} constant(3)
+  ROOT %lt = pred[]{:T(512)} compare(%get-tuple-element, %constant.5.clone), direction=LT
+}
+%branch (p: f32[2]) -> f32[2] {
+  %all-reduce.2 = f32[2]{0} all-reduce(%p), to_apply=%add
+}
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %while.2 = (s32[], /*index=5*/f32[8]{0}) while(%tuple), condition=%inner_condition, body=%inner_body
+  %conditional.1 = f32[2]{0} conditional(%i, %a, %b), branch_computations={%branch, %branch}
+}
+%condition.1 (p: (s32[], f32[8])) -> pred[] {
+  ROOT %fusion = pred[] fusion(%get-tuple-element)
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %while.1 = (s32[], f32[8]{0}) while(%tuple), condition=%condition.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %while.3 = (s32[], f32[8]{0}) while(%tuple), condition=%condition.1, body=%inner_body
+}
+"""
+
+
+def test_what_is_in_loops_counts_as_often_as_it_runs():
+    found = topology.collectives(topology.repeated_lines(LOOPS))
+    assert found["all-gather"] == {"count": 5 * 3 + 1, "bytes": 16 * 32}  # of the last loop nobody knows the rounds
+    assert found["all-reduce"] == {"count": 5 * 2, "bytes": 10 * 8}
 
 
 def test_lack_of_memory_is_read_from_the_message():

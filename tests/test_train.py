@@ -4,7 +4,6 @@ import functools
 import json
 import logging
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -29,13 +28,12 @@ from vidjoint.stopping import StopSignal, Waiting
 from vidjoint.train import Log, Stopped, initial_state, prepare, train
 
 ROOT = Path(__file__).parents[1]
-STEPS = 100
-EXPERIMENT = f"""
+EXPERIMENT = """
 from vidjoint.config import base_config, task_config
 
 def get_config():
     config = base_config()
-    config.update(total_steps={STEPS}, batch_size=6, data_root=DATA, log_every=1, checkpoint_every=7, eval_every=40)
+    config.update(total_steps=100, batch_size=6, data_root=DATA, log_every=1, checkpoint_every=7, eval_every=40)
     config.model.update(variant="Ti/8", width=16, depth=1, heads=2, mlp_dim=16, frames=2, image_size=16, dtype="float32", dropout=0.1)
     config.model.update(mixer="token_shift")
     config.optim.update(lr=1e-3, warmup_steps=5, weight_decay=0.1, ema=0.9, freeze=("embed/proj/.*",))
@@ -70,29 +68,6 @@ def quiet():
     jax.config.update("jax_compilation_cache_dir", cache)
 
 
-def start(experiment: Path, workdir: Path, *changes: str) -> subprocess.Popen:
-    """The command as a user gives it, on one device."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "VIDJOINT_CACHE": str(experiment / "cache")}
-    command = [sys.executable, "-m", "vidjoint.main", f"--config={experiment}/experiment.py", f"--workdir={workdir}", *changes]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen, status: int) -> tuple[str, str]:
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == status, err
-    assert "Traceback" not in err, err
-    return out, err
-
-
-def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
-    file, deadline = workdir / "metrics.jsonl", time.monotonic() + 100
-    while process.poll() is None and time.monotonic() < deadline:
-        if file.exists() and any(event["step"] >= step for event in metrics.read_events(file)[-1:]):
-            return
-        time.sleep(0.002)
-    pytest.fail(f"the run ended before step {step}: {process.communicate()[1]}")
-
-
 def events(workdir: Path) -> list[dict]:
     """Of metrics.jsonl, what does not depend on the clock."""
     return [
@@ -105,44 +80,6 @@ def assert_bit_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype and x.tobytes() == y.tobytes()
-
-
-@pytest.mark.timeout(400)  # five processes, which compile
-def test_a_run_that_is_killed_and_stopped_ends_bit_equal_to_one_that_is_not(experiment):
-    """kill -9 at a random step, then SIGTERM at a later one, each time the same command again; then once more when all is done."""
-    straight, broken = experiment / "straight", experiment / "broken"
-    out, _ = finish(start(experiment, straight), 0)
-    assert out.splitlines()[-3].split() == ["task", "examples", "classes", "chance", "top-1", "top-5", "reversed"]
-
-    first, second = random.randrange(1, 45), random.randrange(50, 80)
-    process = start(experiment, broken)
-    wait_for_step(process, broken, first)
-    process.kill()
-    finish(process, -signal.SIGKILL)
-
-    process = start(experiment, broken)
-    wait_for_step(process, broken, second)
-    process.send_signal(signal.SIGTERM)
-    out, err = finish(process, 75)
-    stopped = load_params(broken)[0]
-    assert stopped >= second and "SIGTERM: saving after this step and stopping" in err
-    assert err.splitlines()[-1] == f"stopped after step {stopped} and saved; the same command goes on from there"
-    assert not (broken / "results.json").exists()
-
-    out, _ = finish(start(experiment, broken), 0)
-    assert f"steps      {stopped} -> {STEPS}" in out
-    assert load_params(straight)[0] == load_params(broken)[0] == STEPS
-    assert_bit_equal(load_params(broken)[1], load_params(straight)[1])
-    assert events(broken) == events(straight), f"killed at {first}, stopped at {stopped}"
-    assert json.loads((broken / "results.json").read_text()) == json.loads((straight / "results.json").read_text())
-
-    before = (broken / "metrics.jsonl").read_bytes()
-    (broken / "confusion_clips.png").unlink()
-    again, _ = finish(start(experiment, broken, "--config.eval.reversed=False", "--config.log_every=3"), 0)
-    assert (broken / "metrics.jsonl").read_bytes() == before
-    assert (broken / "confusion_clips.png").exists() and (broken / "report.html").exists()
-    cells = [line.split() for line in again.splitlines()[-2:]]
-    assert [line[:-1] for line in cells] == [line.split()[: len(line.split()) - (2 if "clips" in line else 1)] for line in out.splitlines()[-2:]]
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +127,7 @@ def test_another_config_on_the_same_folder_is_refused_with_the_difference(run, e
     assert errors(capsys) == [
         f"error: {run} holds a run with other settings: give another --workdir, or --force_config to go on with the new ones:",
         "  optim.lr: 0.001 -> 0.01",
-        f"  total_steps: 6 -> {STEPS}",
+        "  total_steps: 6 -> 100",
     ]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     about = json.loads((run / "about.json").read_text())
@@ -210,7 +147,11 @@ def test_only_a_run_that_has_saved_something_is_protected(run, tmp_path):
     assert folder.config.to_dict() == other.to_dict()
     stored.check(stored.config, stored.labels)
     config = stored.config
-    config.data_root, config.eval.views, config.keep_checkpoints, config.data.workers = "/elsewhere", "1x1", 9, 3
+    config.update(data_root="/elsewhere", keep_checkpoints=9, log_every=7, checkpoint_every=7, max_skipped=3, log_to=())
+    config.eval.update(views="1x1", batch_size=5)
+    config.data.update(workers=3, threads=1, prefetch=9)
+    config.mesh.update(data=1, fsdp=-1)
+    config.model.remat = "block"
     RunFolder(run).check(config, stored.labels)
     with pytest.raises(UserError, match="class names of stills"):
         stored.check(config, stored.labels | {"stills": ("a", "b")})
@@ -311,7 +252,7 @@ def test_mistakes_of_all_kinds_are_listed_together(capsys, quiet, experiment, tm
         (["--config=none.py"], "error: --config=none.py: there is no such file"),
         (["--config.seed=1", "--workdir=x"], "error: --config is missing: name an experiment, as in --config=configs/demo.py"),
         (["EXPERIMENT", "--config.optim.lrr=1"], "error: --config.optim.lrr=1: there is no key optim.lrr; the nearest is optim.lr"),
-        (["EXPERIMENT", "--config.total_steps=many"], f"error: --config.total_steps=many: total_steps takes a whole number; it is {STEPS} now"),
+        (["EXPERIMENT", "--config.total_steps=many"], "error: --config.total_steps=many: total_steps takes a whole number; it is 100 now"),
         (["EXPERIMENT", "--wrkdir=x"], "error: unknown argument --wrkdir=x: see --help"),
         (["EXPERIMENT", "--config.optim.freeze=heads"], "error: optim.freeze: 'heads' matches no parameter"),
         (

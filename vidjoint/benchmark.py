@@ -8,12 +8,17 @@ import argparse
 import importlib.metadata
 import sys
 
+from vidjoint import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.ask()  # as vidjoint.main does
+
 import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from vidjoint import config as config_module
-from vidjoint import speed, topology, validate
+from vidjoint import cpu, speed, topology, validate
 from vidjoint.decode_speed import measure_decode
 from vidjoint.errors import UserError, command
 from vidjoint.evaluate import check_writable, write_json
@@ -68,7 +73,7 @@ after a warm-up. Any key of the experiment can be set by --config.KEY=VALUE."""
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vidjoint.benchmark",
-        usage="%(prog)s --config=FILE[:ARGUMENT] [--what=PARTS | --topology=CHIP:SIZE] [--json=FILE] [--config.KEY=VALUE ...]",
+        usage="%(prog)s --config=FILE[:ARGUMENT] [--what=PARTS] [--steps=N] [--gops=N,N] [--topology=CHIP:SIZE] [--json=FILE] [--config.KEY=VALUE ...]",
         description=__doc__.partition("\n")[0],
         epilog=FORMULA,
         allow_abbrev=False,
@@ -99,6 +104,7 @@ def main(argv: list[str]) -> int:
         print("\n".join([*notes, topology.as_table(figures)]))
         write_json(args.json, figures)
         return 0
+    cpu.set_up(config)
     setup = prepare(config) if {"compile", "step", "data"} & set(parts) else None
     config, notes = (setup.config, []) if setup else with_weights(config)
     figures = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__, "dtype": config.model.dtype}

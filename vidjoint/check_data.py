@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vidjoint.check_data",
         description=__doc__.split("\n")[0],
-        epilog="Exit status: 0 if every file is good; 1 if any is bad, missing, outside --root, listed with two labels or with one that no class has, "
-        "or in both training and validation; 2 if the command can't be run. Files named twice and empty classes are told only.",
+        epilog="Exit status: 0 if every file is good; 1 if any is bad, missing, outside --root, has two labels or one of no class, or is in both "
+        "training and validation; 2 if the command can't be run. Files named twice and empty classes are only told.",
     )
     known = "lines `path label` or `path`, or a published list of one of the datasets in configs/datasets.py"
     parser.add_argument("data", nargs="+", help=f"a list of files ({known}), a folder, a zip, a packed data set, or a video or image file")

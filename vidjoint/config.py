@@ -425,11 +425,12 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 def _reason(error: Exception) -> str:
     """An error in one line, with the messages of ml_collections shortened."""
     text = str(error.args[0] if error.args else error).strip()
-    if match := re.match(r"'?Key \"(\w+)\" does not exist", text):
+    if match := re.match(r"'?Key \"(.{1,60})\" does not exist", text):
         return f"there is no key {match[1]}{_nearest(match[1], [*flat(base_config().to_dict()), *task_config()])}"
     if match := re.match(r"Could not override field '(\w+)'.*?\. (.*) is of original type", text, re.DOTALL):
         return f"{match[1]} cannot be {match[2]!r}: that is of another type"
     line = next(iter(text.splitlines()), "")
+    line = line if len(line) <= 300 else f"{line[:300]}..."  # what a file of others says may be endless
     return line if isinstance(error, ValueError | KeyError) and " " in line else f"{type(error).__name__}: {line}"
 
 

@@ -16,10 +16,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
-from tensorboardX.proto.summary_pb2 import Summary
-
 START = 90  # seconds that a run waits for a server before its first step
 END = 60  # seconds that it waits at its end for events to be sent
 
@@ -60,6 +56,10 @@ class TensorBoard:
     """
 
     def __init__(self, workdir: Path, resume_step: int | None, settings: dict):
+        from tensorboardX.event_file_writer import EventsWriter  # imports PyTorch where that is installed, which takes seconds
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         (workdir / "tensorboard").mkdir(exist_ok=True)
         self._writer = EventsWriter(str(workdir / "tensorboard" / "events"))
         if resume_step is not None:  # TensorBoard hides what earlier files have from this step on
@@ -68,11 +68,11 @@ class TensorBoard:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._write(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
+            self._write(step=step, summary=self._summary(value=[self._summary.Value(tag=name, simple_value=value)]))
         self._writer.flush()
 
     def _write(self, **event) -> None:
-        self._writer.write_event(event_pb2.Event(wall_time=time.time(), **event))
+        self._writer.write_event(self._event(wall_time=time.time(), **event))
 
     def close(self, ended: bool) -> None:
         self._writer.close()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -67,6 +68,7 @@ def record_examples(folder: Path) -> None:
                 f"{step},{i},{row},{zlib.crc32(batch['pixels'][k].tobytes() + batch['label'][k].tobytes() + batch['task'][k].tobytes())}\n"
                 for i, (batch, (stream, _)) in enumerate(zip(batches, self.plan(step - 1), strict=True))
                 for k, row in enumerate(self.rows[stream])
+                if batch["mask"][k]
             ]
             with open(folder / "examples.csv", "a") as file:
                 file.write("".join(lines))
@@ -96,7 +98,7 @@ def forking(cache: Path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "tests/forked.py"], cwd=ROOT, env=os.environ | environment, **pipes) as process:
         try:
-            yield Forking(process)
+            yield Forking(process, cache.parent)
         finally:
             process.kill()
 
@@ -104,8 +106,8 @@ def forking(cache: Path):
 class Forking:
     """Starts runs."""
 
-    def __init__(self, process: subprocess.Popen):
-        self._process = process
+    def __init__(self, process: subprocess.Popen, logs: Path):
+        self._process, self._logs = process, logs
 
     @contextlib.contextmanager
     def start(self, config: str, workdir: Path, *arguments: str, processes: int = 1, devices: int = 1):
@@ -113,10 +115,11 @@ class Forking:
         argv = [f"--config={config}", f"--workdir={workdir}", *arguments]
         several = [f"--coordinator=127.0.0.1:{_free_port()}", f"--num_processes={processes}"] if processes > 1 else []
         ranks = [[*argv, *several, *([f"--process_id={i}"] if several else [])] for i in range(processes)]
-        jobs = [{"argv": rank, "devices": devices, "log": f"{workdir}.log.{i}"} for i, rank in enumerate(ranks)]
+        log = self._logs / f"{workdir.name}.{self._process.pid}.log"
+        jobs = [{"argv": rank, "devices": devices, "log": f"{log}.{i}"} for i, rank in enumerate(ranks)]
         self._process.stdin.write(json.dumps(jobs) + "\n")
         self._process.stdin.flush()
-        run = Run(json.loads(self._process.stdout.readline()), workdir, self._process.stdout)
+        run = Run(json.loads(self._process.stdout.readline()), workdir, log, self._process.stdout)
         timer = threading.Timer(LIMIT, run.kill)
         timer.start()
         try:
@@ -131,8 +134,8 @@ class Forking:
 class Run:
     """One start of a run, in one process or several."""
 
-    def __init__(self, ids: list[int], workdir: Path, answers):
-        self.ids, self.workdir, self.statuses, self._answers = ids, workdir, None, answers
+    def __init__(self, ids: list[int], workdir: Path, log: Path, answers):
+        self.ids, self.workdir, self.statuses, self._log, self._answers = ids, workdir, None, log, answers
 
     def send(self, number: int, process: int = 0) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -156,7 +159,7 @@ class Run:
 
     def said(self, process: int = 0) -> list[str]:
         """Standard error, but for warnings about the data."""
-        lines = Path(f"{self.workdir}.log.{process}.err").read_text().splitlines()
+        lines = Path(f"{self._log}.{process}.err").read_text().splitlines()
         return [line for line in lines if not line.startswith("WARNING: clips: 11 of 11") and not line.startswith("WARNING: stills")]
 
     def until(self, condition, what: str) -> bool:
@@ -213,8 +216,6 @@ def assert_same_run(broken: Path, straight: Path) -> None:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]

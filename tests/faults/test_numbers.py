@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.faults import runs
 from vidjoint import replay
 from vidjoint.anomalies import IN_FLIGHT, BadSteps, Spikes, Step
 from vidjoint.checkpoints import load_params
@@ -130,3 +131,40 @@ def test_a_batch_that_is_not_finite_is_skipped_and_too_many_stop_the_run_for_rep
     result = json.loads((tmp_path / "replay.json").read_text())
     assert [example["finite"] for example in result["examples"]].count(False) == 1 and not result["finite"]
     assert any("embed/proj/kernel" in name for name in result["gradients"])
+
+
+def test_two_processes_write_a_bad_step_together(tmp_path, full, capsys):
+    """Each its own rows; and one process repeats it."""
+    if not full:
+        pytest.skip("with --full: two processes")
+    config = runs.write_experiment(tmp_path)
+    text = config.read_text()
+    config.write_text(
+        text.replace(
+            "    return config",
+            """
+    from vidjoint.data.mixture import Mixture
+    original = Mixture.iterate
+
+    def iterate(self, start):
+        for step, batches in enumerate(original(self, start), start + 1):
+            for batch in batches:
+                batch["pixels"] = batch["pixels"].astype("float32")
+                for k, row in enumerate(self.rows[1]) if step >= 9 and batch is batches[1] else ():
+                    batch["pixels"][k] = float("inf") if row == 4 else batch["pixels"][k]
+            yield batches
+
+    Mixture.iterate = iterate
+    config.loss.mixup = 0.0
+    config.max_skipped = 3
+    return config""",
+        )
+    )
+    with runs.forking(tmp_path / "cache") as forking, forking.start(f"{config}:100", tmp_path / "run", processes=2) as run:
+        assert run.wait() == [2, 2]
+        (line,) = run.said(0)
+        assert line.startswith("error: 3 steps in a row, from step 9 on, had a loss or gradient that is not finite") and run.said(1) == []
+    assert {path.name for path in (tmp_path / "run/bad_step").iterdir()} == {"batch.npz", "batch.1.npz", "batch.json", "checkpoints"}
+    assert replay.main([f"--workdir={tmp_path}/run", f"--json={tmp_path}/replay.json"]) == 1
+    result = json.loads((tmp_path / "replay.json").read_text())
+    assert [(example["batch"], example["row"]) for example in result["examples"] if not example["finite"]] == [(1, 4)]

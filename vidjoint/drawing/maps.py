@@ -206,7 +206,7 @@ def _draw_scale(figure: Figure, row: np.ndarray, layer: Layer) -> None:
     if layer.values.ndim == 4:
         return
     bar = figure.colorbar(ScalarMappable(Normalize(layer.low, layer.high), COLOURS), ax=row.tolist(), pad=0.01, aspect=9, fraction=0.02)
-    bar.set_ticks([layer.low, layer.high], labels=[f"{layer.low:.3g}", f"{'≥ ' * (layer.high < np.nanmax(layer.values))}{layer.high:.3g}"])
+    bar.set_ticks([layer.low, layer.high], labels=[f"{layer.low:.3g}", f"{'≥ ' * bool(layer.high < np.nanmax(layer.values))}{layer.high:.3g}"])
     for label, place in zip(bar.ax.get_yticklabels(), ("bottom", "top"), strict=True):
         label.set_verticalalignment(place)
     bar.ax.tick_params(labelsize=7, length=0, pad=3)
