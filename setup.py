@@ -47,6 +47,8 @@ setup(
         "parity": ["torch>=2.4", "transformers>=5", "timm>=1.0.20"],
         # Only for building a data set of the TFDS catalogue (`tfds build`; builders that encode pictures or read TFRecords), not for reading one.
         "tfds": ["tensorflow>=2.21"],
+        # Only for the test that opens a report in a browser (and `playwright install chromium`)
+        "browser": ["playwright"],
         # Only for runs with log_to=("wandb",) or ("mlflow",)
         "wandb": ["wandb"],
         "mlflow": ["mlflow"],

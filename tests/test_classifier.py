@@ -173,9 +173,7 @@ def test_pixels_and_files_are_taken_alike(run, model):
 
 def test_windows_are_answered_one_by_one(run, model):
     path = str(files_of(run)[0])
-    whole, first, second = model.iter_predict(
-        [Piece((Window(path),)), Piece((Window(path, 0.0, 0.5), Window(path, 0.5, 1.0)))], "clips"
-    )
+    whole, first, second = model.iter_predict([Piece((Window(path),)), Piece((Window(path, 0.0, 0.5), Window(path, 0.5, 1.0)))], "clips")
     assert "start" not in whole and (second["start"], second["end"]) == (0.5, 1.0)
     assert list(first) == ["path", "start", "end", "task", "labels", "scores"] and first["scores"] != second["scores"]
 

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 OWN_CONFIGS = {"my_config.py", "kitchen.py"}  # files that the pages show
+OWN_TESTS = {"python.md"}  # tests/test_docs_python.py runs its examples
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_0-9]*(\.py)?$")  # what a reader fills in
 
 
@@ -136,7 +137,7 @@ def given() -> dict:
     return {"pixels": np.zeros((2, 8, 32, 32, 3), np.uint8)}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page.name not in OWN_TESTS], ids=lambda page: page.name)
 def test_python_runs(page, demo, monkeypatch):
     """The blocks of a page, one after the other; an experiment among them has no unknown key or value."""
     monkeypatch.chdir(demo)

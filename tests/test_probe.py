@@ -152,7 +152,7 @@ def test_attentive_finds_the_token_that_tells_and_never_sees_what_is_held_out(mo
                 index = np.arange(start, start + 16)
                 yield sharding.put_batch({"x": x[order[index]]}, mesh)["x"], label[order[index]], index, np.ones(16, bool)
 
-        return attentive.train(batches, held, width, 2, ORIENTATIONS, 16, 20, 0)
+        return attentive.train(batches, held, width, 2, ORIENTATIONS, 16, 10, 0)
 
     probes = trained(label)
     scores, found = probes.scores([(jnp.asarray(x), label, np.arange(count), np.arange(count) < 90)], slice(None))
@@ -270,7 +270,7 @@ def command(run, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
 
     def call(*arguments, workdir=run):
-        status = probe.main([f"--workdir={workdir}", f"--json={tmp_path / 'out.json'}", *map(str, arguments)])
+        status = probe.main([f"--workdir={workdir}", "--epochs=10", f"--json={tmp_path / 'out.json'}", *map(str, arguments)])
         captured = capsys.readouterr()
         return status, json.loads((tmp_path / "out.json").read_text()) if status == 0 else None, captured.out, captured.err.splitlines()
 

@@ -1,6 +1,5 @@
 """Runs: from the command line and from Python, interrupted in every way, resumed, refused; and what they leave behind."""
 
-import functools
 import json
 import logging
 import os
@@ -335,55 +334,57 @@ def test_runs_outside_the_main_thread_leave_signals_alone():
     assert seen == [False]
 
 
-class Endless:
-    """Data that never comes; or the batches of a mixture, before which a function is called."""
-
-    def __init__(self, iterate, before):
-        self.iterate, self.before = iterate, before
-
-    def __call__(self, start: int):
-        for step, batches in enumerate(self.iterate(start), start + 1):
-            self.before(step)
-            yield batches
+@pytest.fixture(scope="module")
+def prepared(experiment):
+    """A run of six steps with evaluations after the fourth and the last; compiled once for several tests."""
+    config, _ = parse([f"--config={experiment}/experiment.py", "--config.total_steps=6", "--config.eval_every=4", "--config.log_every=1"])
+    del config.tasks["clips"]
+    return prepare(config)
 
 
-def test_a_run_that_waits_for_data_is_saved_at_once(experiment, tmp_path, monkeypatch):
-    """Storage that hangs must not cost the grace time."""
-    config, _ = parse([f"--config={experiment}/experiment.py", "--config.total_steps=6", "--config.eval_every=0"])
-
-    def hang(step: int) -> None:
-        if step == 4:
-            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-            time.sleep(100)
-
-    iterate = Mixture.iterate
-    monkeypatch.setattr(Mixture, "iterate", lambda self, start: Endless(functools.partial(iterate, self), hang)(start))
-    began = time.monotonic()
-    with pytest.raises(Stopped, match="stopped after step 3 and saved"):
-        train(config, tmp_path / "run")
-    assert time.monotonic() - began < 90 and load_params(tmp_path / "run")[0] == 3
-
-
-def test_an_evaluation_is_given_up_for_the_save_and_made_up_for_later(experiment, tmp_path, monkeypatch):
-    changes = ["total_steps=6", "eval_every=4", "checkpoint_every=100", "log_every=1"]
-    config, _ = parse([f"--config={experiment}/experiment.py", *(f"--config.{change}" for change in changes)])
-    called = []
+@pytest.fixture
+def evaluations(prepared, monkeypatch) -> list:
+    """The views of the evaluations that `train` has started, of which the first is interrupted by SIGTERM; they find nothing."""
+    started = []
 
     def run(self, params, views, reverse, give_up=lambda: False):
-        called.append(views)
-        if len(called) == 1:
+        started.append(views)
+        if len(started) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         if give_up():
             raise evaluate.Abandoned
         return {}
 
     monkeypatch.setattr(evaluate.Evaluator, "run", run)
+    monkeypatch.setattr("vidjoint.train.prepare", lambda config, resumes: prepared)
+    return started
+
+
+def test_an_evaluation_is_given_up_for_the_save_and_made_up_for_later(prepared, evaluations, tmp_path):
     with pytest.raises(Stopped, match="stopped after step 4 and saved"):
-        train(config, tmp_path)
-    assert load_params(tmp_path)[0] == 4
-    train(config, tmp_path)
-    assert len(called) == 1 + 3  # that of step 4, the quick one of step 5, and the last
+        train(prepared.config, tmp_path)
+    assert load_params(tmp_path)[0] == 4 and len(evaluations) == 1
+    train(prepared.config, tmp_path)
+    assert len(evaluations) == 1 + 3  # that of step 4, the quick one of step 6, and the last
     assert [event["step"] for event in events(tmp_path)] == [1, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_a_run_that_waits_for_data_is_saved_at_once(prepared, evaluations, tmp_path, monkeypatch):
+    """Storage that hangs must not cost the grace time."""
+    iterate = Mixture.iterate
+
+    def hanging(self, start):
+        for step, batches in enumerate(iterate(self, start), start + 1):
+            if step == 3:
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                time.sleep(100)
+            yield batches
+
+    monkeypatch.setattr(Mixture, "iterate", hanging)
+    began = time.monotonic()
+    with pytest.raises(Stopped, match="stopped after step 2 and saved"):
+        train(prepared.config, tmp_path)
+    assert time.monotonic() - began < 90 and load_params(tmp_path)[0] == 2
 
 
 def test_an_evaluation_asks_before_each_batch(experiment, tmp_path):

@@ -126,34 +126,6 @@ def curves_of(events, pattern: str) -> dict:
     return curves
 
 
-def flow_png(path, frames: np.ndarray, flows: dict[str, np.ndarray]) -> None:
-    """Draws a clip's frames in one row and, below, one row of heat maps over the frames for each entry of `flows` (AM Flow, fig. 5).
-
-    Args:
-      path: the PNG to write.
-      frames: uint8[T, H, W, 3].
-      flows: name of a row -> float[T, rows, columns]; each row is scaled from its smallest value to its largest, the last frame aside (it has no
-        next one).
-    """
-    count, height, width, _ = frames.shape
-    figure = Figure(figsize=(1.1 * count + 0.6, (1 + len(flows)) * (1.1 * height / width + 0.05) + 0.3), dpi=DPI)
-    axes = figure.subplots(1 + len(flows), count, squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.04})
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-    for t, ax in enumerate(axes[0]):
-        ax.imshow(frames[t])
-        ax.set_title(f"t = {t}", fontsize=8)
-    axes[0, 0].set_ylabel("frames", fontsize=8)
-    for row, (name, flow) in zip(axes[1:], flows.items(), strict=True):
-        lowest, highest = flow[:-1].min(), flow[:-1].max()
-        row[0].set_ylabel(name, fontsize=8)
-        for t, ax in enumerate(row):
-            ax.imshow(frames[t].mean(axis=-1), cmap="gray", vmin=0, vmax=255, alpha=0.5)
-            if t < count - 1:
-                ax.imshow(flow[t], cmap="magma", vmin=lowest, vmax=highest, alpha=0.75, extent=(0, width, height, 0), interpolation="nearest")
-    _save(figure, path)
-
-
 def _shorten(text: str) -> str:
     """Leaves out the middle of a long text: class names often differ at their ends ("... from left to right")."""
     half = LABEL_LENGTH // 2

@@ -1,6 +1,7 @@
 """The shards of a packed dataset: examples encoded by several processes, written one ArrayRecord file after the other, each whole or not there."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from vidjoint.data import isolated
 from vidjoint.data.encode import Encoding, content_of, encode_image, encode_video
 from vidjoint.data.facts import facts_of
 from vidjoint.data.packed import end_of, find_records
@@ -27,6 +29,7 @@ from vidjoint.data.video import DecodeError
 
 NAME = "packed"  # of the TFDS data set
 PARTS = "parts"  # folder for what is known of each shard
+LIMITS = isolated.Limits(3600.0, 4 << 30)  # of the child process that decodes and encodes a file, be it a long film
 UNFINISHED = ".unfinished-"  # begins the names of files that are being written
 
 
@@ -118,10 +121,12 @@ def encode(source: Source, row: int, how: Encoding | None) -> tuple[int, int, by
         media = source.media
         file = source[row][media]
         size = len(file) if isinstance(file, bytes) else os.path.getsize(file)
+        guarded = functools.partial(isolated.call, LIMITS, source.name(row))
+        local = file if isinstance(file, bytes) else os.path.abspath(file)
         if how is None:
-            facts_of(file, media)  # all of it can be decoded
+            guarded(facts_of, local, media)  # all of it can be decoded
             return row, size, content_of(file)
-        return row, size, (encode_video if media == "video" else encode_image)(file, how)
+        return row, size, guarded(encode_video if media == "video" else encode_image, local, how)
     except (DecodeError, OSError) as error:
         return row, 0, getattr(error, "strerror", None) or str(error)
 
