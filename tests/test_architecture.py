@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # From top to bottom. A module may import modules of lower layers, and inside a package (a name that ends in a dot) those of its own.
 LAYERS = (
-    ("vidjoint",),  # opens a trained model lazily: `vidjoint.load`
+    ("vidjoint", "vidjoint.models"),  # what these offer, they import when it is called: `vidjoint.load`, `vidjoint.models.build`
     (
         "vidjoint.main",
         "vidjoint.compare",
@@ -63,7 +63,7 @@ def imported(name: str) -> set[str]:
     return names
 
 
-GRAPH = {name: imported(name) & MODULES.keys() for name in MODULES}
+GRAPH = {name: imported(name) & MODULES.keys() - {"vidjoint"} for name in MODULES}  # of which any may know version and place
 
 
 def layer(name: str) -> tuple[int, str]:

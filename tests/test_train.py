@@ -338,7 +338,8 @@ def test_runs_outside_the_main_thread_leave_signals_alone():
 def prepared(experiment):
     """A run of six steps with evaluations after the fourth and the last; compiled once for several tests."""
     config, _ = parse([f"--config={experiment}/experiment.py", "--config.total_steps=6", "--config.eval_every=4", "--config.log_every=1"])
-    del config.tasks["clips"]
+    with config.tasks.unlocked():
+        del config.tasks["clips"]
     return prepare(config)
 
 

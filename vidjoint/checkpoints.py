@@ -67,6 +67,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except Exception as error:
             raise _unusable(self.folder, error) from error
+        self._unmute = _mute_abandoned_work()
 
     def __enter__(self) -> Self:
         return self
@@ -135,6 +136,7 @@ class Checkpoints:
         """Waits for the save under way and frees orbax's threads. Raises UserError if that save failed."""
         try:
             self.wait()
+            self._unmute()
         finally:
             self._manager.close()
 
@@ -144,7 +146,6 @@ class Checkpoints:
         checksums.write(folder)
 
     def _failed(self, error: Exception) -> UserError:
-        _mute_abandoned_work()
         reason, advice = _reason(error), "mend that, and the same command goes on from there"
         return UserError(f"{self.folder}: a checkpoint could not be saved ({reason}); the earlier ones are whole: {advice}")
 

@@ -24,7 +24,8 @@ nav { margin: 8px 0; } nav a { margin-right: 14px; white-space: nowrap; } a { co
 .box { overflow-x: auto; max-width: 100%; margin: 8px 0; } .tall { width: fit-content; max-height: 440px; overflow-y: auto; border: 1px solid #ddd; }
 table { border-collapse: collapse; overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
 th, td { padding: 3px 12px 3px 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4; }
-.tall th, .tall td { padding-left: 8px; } .tall td:not(.number) { min-width: 6.5em; } .tall thead th { position: sticky; top: 0; background: #f2f2f2; }
+.tall th, .tall td { padding-left: 8px; } .tall td:not(.number) { min-width: 6.5em; }
+.tall thead th { position: sticky; top: 0; background: #f2f2f2; }
 th { font-weight: 600; white-space: nowrap; } td.number, th.number { text-align: right; white-space: nowrap; } td { min-width: 3.5em; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; text-decoration: underline dotted; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 8px 32px; align-items: start; }

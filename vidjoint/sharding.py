@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vidjoint.errors import UserError
@@ -61,8 +61,9 @@ def make_mesh(sizes, devices=None) -> Mesh:
         if shape[0] % slices:
             raise UserError(f"{told}: mesh.data={shape[0]} is no multiple of the {slices} TPU slices, over which batches are split")
         inside = (shape[0] // slices, *shape[1:])
-        return Mesh(create_hybrid_device_mesh(inside, (slices, 1, 1), devices), AXES, axis_types=types)
-    return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
+        return Mesh(create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True), AXES, axis_types=types)
+    # as jax.make_mesh, which lets an axis be a part of a TPU pod's side, as 4 of 16 chips, on v5e alone
+    return Mesh(create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, axis_types=types)
 
 
 def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from tests import tiny
-from vidjoint import checksums
+from vidjoint import checksums, metrics
 from vidjoint.checkpoints import load_params
+from vidjoint.data.mixture import Mixture
 from vidjoint.metrics import read_events
 
 ROOT = Path(__file__).parents[2]
@@ -57,9 +58,7 @@ def write_experiment(folder: Path) -> Path:
 
 
 def record_examples(folder: Path) -> None:
-    """Has every run of this process append lines `step, batch, row, checksum` of the examples that it takes to `folder/examples.csv`."""
-    from vidjoint.data.mixture import Mixture
-
+    """Has every run of this process append lines `step, batch, row, checksum` of its examples to `folder/examples.csv`, and log all digits."""
     original = Mixture.iterate
 
     def iterate(self, start=0):
@@ -74,7 +73,9 @@ def record_examples(folder: Path) -> None:
                 file.write("".join(lines))
             yield batches
 
+    rounded = metrics.rounded
     Mixture.iterate = iterate
+    metrics.rounded = lambda value: float(value) if isinstance(rounded(value), float) else rounded(value)
 
 
 def examples(folder: Path) -> dict[tuple[str, ...], str]:

@@ -181,8 +181,8 @@ def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(forking, 
         pytest.skip("with --full: six starts of a run")
     config, workdir = f"{folder}/config.py:100", small_disk / "run"
     with forking.start(config, workdir, "--config.keep_checkpoints=50") as run:
-        assert run.wait() == [2]
-        (line,) = run.said()
+        assert run.wait() == [2], run.said()
+        line = _only(run.said())
     assert line.startswith(f"error: {workdir}") and "No space left on device" in line and "the same command goes on" in line
     whole = runs.check_checkpoints(workdir)
     assert len(whole) > 1 and load_params(workdir)[0] == whole[-1]
@@ -192,13 +192,13 @@ def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(forking, 
     with forking.start(config, workdir, "--config.checkpoint_every=1000") as run:
         assert run.until_step(whole[-1] + 2), run.said()
         _fill(small_disk / "filling")
-        assert run.wait() == [2]
-        (line,) = run.said()
+        assert run.wait() == [2], run.said()
+        line = _only(run.said())
     assert line == f"error: {workdir}: No space left on device: mend that, and the same command goes on from the last checkpoint"
     assert load_params(workdir)[0] == whole[-1]
     with forking.start(config, workdir) as run:
-        assert run.wait() == [2]
-        (line,) = run.said()
+        assert run.wait() == [2], run.said()
+        line = _only(run.said())
     assert line == f"error: {workdir} can't be written (No space left on device): give another --workdir"
     assert load_params(workdir)[0] == whole[-1]
     (small_disk / "filling").unlink()
@@ -208,10 +208,15 @@ def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(forking, 
     runs.assert_same_run(workdir, straight(forking, folder, 100))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with forking.start(config, workdir) as run:
-        assert run.wait() == [2]
-        (line,) = run.said()
+        assert run.wait() == [2], run.said()
+        line = _only(run.said())
     assert line == f"error: {workdir} can't be written (Read-only file system): give another --workdir"
     assert load_params(workdir)[0] == 100
+
+
+def _only(lines: list[str]) -> str:
+    assert len(lines) == 1, lines
+    return lines[0]
 
 
 def _fill(file: Path) -> None:
