@@ -1,6 +1,7 @@
 """What all CoVeR experiments share (sections 3 and 4): TimeSformer-L on Kinetics, Something-Something v2, Moments in Time and ImageNet, co-trained.
 
-On 256 TPUs: --config.mesh.data=64 --config.mesh.tensor=4, for 62 videos and 66 images a step divide over no more (docs/performance.md).
+On 256 TPUs: --config.mesh.data=64 --config.mesh.tensor=4, for 62 videos and 66 images a step divide over no more; high_res then takes 9 of the 16 GiB
+of a v5e chip (docs/performance.md). With less memory: --config.model.remat=block.
 
 Not run by itself: see cover_jft.py, cover_in21k.py, cover_ablations.py and cover_transfer.py. How to lay out the files: datasets.py.
 """
@@ -24,7 +25,7 @@ def cover(resolution: str = "high_res", kinetics: str = "k400", init_from: str =
     config.eval_every = 20_000
     config.checkpoint_every = 1_000
     config.init_from = init_from
-    config.model.update(variant="L/16", mixer="divided", frames=frames, image_size=side, remat="block")
+    config.model.update(variant="L/16", mixer="divided", frames=frames, image_size=side, remat="dots", scan=True)
     config.optim.update(name="sgd", lr=5e-3, schedule="step", milestone_epochs=(11.0, 15.0), decay_factor=0.1, momentum=0.9)
     config.optim.update(weight_decay=1e-4, decay="all")  # not in the paper; TimeSformer's
     config.eval.views = "1x3"

@@ -13,16 +13,14 @@ from vidjoint.rollout import rollout
 
 FRAMES, GRID = 3, (2, 3)
 MODELS = {
-    "none": dict(mixer="none"),
-    "registers": dict(mixer="none", registers=2, pool="class_and_average"),
-    "divided": dict(mixer="divided"),
+    "none": dict(mixer="none", registers=2, pool="class_and_average"),
+    "divided": dict(mixer="divided", mixer_blocks=(1,), scan=True),
     "joint": dict(mixer="joint", pool="average"),
     "token_shift": dict(mixer="token_shift"),
     "motion": dict(mixer="motion", class_token=False, pool="class_attention"),
     "motion_space_time": dict(mixer="motion"),
     "vivit": dict(mixer="none", pool="temporal_encoder", embed="separate", tubelet=2, frames=6),
     "am_flow": dict(mixer="am_flow", pool="last_frame"),
-    "mixer_blocks": dict(mixer="divided", mixer_blocks=(1,), scan=True),
 }
 
 
@@ -113,9 +111,9 @@ def test_rollout_is_the_product_of_all_maps(made):
 def test_stages_in_the_order_of_the_model(made):
     name, _, maps = made
     kinds = [stage.kind for stage in maps.stages]
-    block = {"divided": ["time", "space"], "joint": ["joint"], "token_shift": ["shift", "space", "shift"], "motion": ["motion", "space"]}
+    block = {"joint": ["joint"], "token_shift": ["shift", "space", "shift"], "motion": ["motion", "space"]}
     block["motion_space_time"] = ["space", "motion"]
-    expected = {"motion": block["motion"] * 2 + ["class attention"], "mixer_blocks": ["space", "time", "space"]}
+    expected = {"motion": block["motion"] * 2 + ["class attention"], "divided": ["space", "time", "space"]}
     assert kinds == expected.get(name, 2 * block.get(name, ["space"]))
 
 
@@ -126,7 +124,7 @@ def test_maps_are_those_of_the_queries_and_keys():
     vit = model.bind(params)
     x = np.asarray(vit.blocks[0].norm1(vit.embed(pixels[None])))[0]
     qkv = x @ params["blocks"]["0"]["attn"]["qkv"]["kernel"] + params["blocks"]["0"]["attn"]["qkv"]["bias"]
-    q, k = (qkv[..., i * 16 : (i + 1) * 16].reshape(FRAMES, 7, 2, 8) for i in (0, 1))
+    q, k = (qkv[..., i * 16 : (i + 1) * 16].reshape(FRAMES, 9, 2, 8) for i in (0, 1))
     for head in range(2):
         logits = np.einsum("tqd,tkd->tqk", q[:, :, head], k[:, :, head]) / np.sqrt(8)
         odds = np.exp(logits - logits.max(axis=-1, keepdims=True))

@@ -169,8 +169,9 @@ MESHES = {"data": sizes(8), "fsdp": sizes(2, 4), "tensor": sizes(2, 1, 4), "all"
 HEADS, CLASSES = 4, {"actions": 5, "pictures": 3}  # all of them divide over the tensor axis
 
 
-def make_config(mixer: str, scan: bool = False):
+def make_config(mixer: str, scan: bool = False, accumulate: int = 1):
     config = base_config()
+    config.accumulate = accumulate
     config.model.update(variant="Ti/8", width=16, depth=2, heads=HEADS, mlp_dim=32, frames=2, image_size=16, dtype="float32", mixer=mixer)
     config.model.update(temporal_init="random", drop_path=0.3, scan=scan)
     config.model.am_flow.update(bottleneck=8, tpu_width=8, tpu_mlp=16, tpu_heads=2, encoder_width=8, encoder_mlp=8, encoder_heads=2, flow="aligned")
@@ -196,9 +197,9 @@ def two_steps(train_step, state, put=lambda batch: batch):
 
 
 @functools.cache
-def on_one_device(mixer: str):
+def on_one_device(*settings):
     """The config, its model and optimiser, the state at step 0, and what two steps make of it."""
-    config = make_config(mixer)
+    config = make_config(*settings)
     model = build(config.model, CLASSES)
     optimizer = optim.make_optimizer(config.optim, lambda step: 0.1)
     rng = np.random.default_rng(0)
@@ -207,8 +208,8 @@ def on_one_device(mixer: str):
     return config, model, optimizer, state, two_steps(jax.jit(make_train_step(config, model, optimizer)), state)
 
 
-def check_mixer(mixer: str, mesh_sizes: dict):
-    config, model, optimizer, state, expected = on_one_device(mixer)
+def check(mesh_sizes: dict, *settings):
+    config, model, optimizer, state, expected = on_one_device(*settings)
     mesh = sharding.make_mesh(mesh_sizes)
     abstract, _, train_step = sharded_step(config, model, optimizer, mesh)
     many = jax.device_put(jax.tree.map(np.array, state), jax.tree.map(lambda x: x.sharding, abstract))
@@ -229,12 +230,15 @@ def check_mixer(mixer: str, mesh_sizes: dict):
 
 
 def test_two_steps_on_all_axes_are_those_of_one_device():
-    check_mixer("divided", MESHES["all"])
+    check(MESHES["all"], "divided")
 
 
 def test_two_steps_of_every_mixer_on_every_mesh(full):
+    """And of one as a loop, by accumulated parts."""
     if not full:
         pytest.skip("repeats the test above for every mixer on every mesh: --full")
     for mixer in MIXERS:
         for mesh_sizes in MESHES.values():
-            check_mixer(mixer, mesh_sizes)
+            check(mesh_sizes, mixer)
+    for mesh_sizes in ("tensor", "fsdp"):
+        check(MESHES[mesh_sizes], "divided", True, 2)

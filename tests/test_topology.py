@@ -167,6 +167,17 @@ def get_config():
 
 
 @needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("v4:4x4x8", (64, 1, 2)), ("v5e:16x16", (64, 1, 4)), ("v5p:4x4x8", (64, 2, 1)), ("v6e:16x16", (64, 1, 4))]
+)
+def test_a_device_is_a_chip_and_an_axis_may_be_a_part_of_a_side(name, sizes, monkeypatch):
+    for variable in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(variable, os.environ.get(variable, ""))  # undone afterwards
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), topology.describe(name))
+    assert mesh.devices.shape == sizes
+
+
+@needs_libtpu
 def test_an_arrangement_that_does_not_exist():
     with pytest.raises(UserError, match="--topology=v5e:3x5: libtpu knows no such arrangement"):
         topology.describe("v5e:3x5")

@@ -1,3 +1,4 @@
+import functools
 import json
 
 import av
@@ -43,6 +44,14 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def divided(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("divided"), config_of(mixer="divided", mixer_blocks=(), pool="class_token", depth=2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    """Each run is loaded, and its model compiled, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visualize, "Classifier", functools.cache(visualize.Classifier))
+        yield
 
 
 def test_flow_is_where_something_changes():

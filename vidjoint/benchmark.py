@@ -73,7 +73,7 @@ after a warm-up. Any key of the experiment can be set by --config.KEY=VALUE."""
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vidjoint.benchmark",
-        usage="%(prog)s --config=FILE[:ARGUMENT] [--what=PARTS] [--steps=N] [--gops=N,N] [--topology=CHIP:SIZE] [--json=FILE] [--config.KEY=VALUE ...]",
+        usage="%(prog)s --config=FILE[:ARGUMENT] [--what=PARTS] [--steps=N] [--gops=N,N] [--topology=CHIP:SIZE] [--json=FILE] [--config.KEY=VALUE]",
         description=__doc__.partition("\n")[0],
         epilog=FORMULA,
         allow_abbrev=False,

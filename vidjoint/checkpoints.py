@@ -11,7 +11,6 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -32,6 +31,29 @@ ITEM = "default"  # orbax's name for the only item of a step
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname.replace("\\", "/"))
 
 log = logging.getLogger(__name__)
+
+
+def _mute_abandoned_work() -> None:
+    """Mutes what asyncio reports of work that orbax abandons.
+
+    When one array cannot be read or written, it abandons all others. Each of those would then print a traceback, from another thread and at any
+    later time.
+    """
+    hook = sys.unraisablehook
+
+    def report(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    def worth_logging(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not ("exception was never retrieved" in text and re.search("orbax|tensorstore|OCDBT|zarr", text))
+
+    sys.unraisablehook = report
+    logging.getLogger("asyncio").addFilter(worth_logging)
+
+
+_mute_abandoned_work()
 
 
 class Checkpoints:
@@ -67,7 +89,6 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except Exception as error:
             raise _unusable(self.folder, error) from error
-        self._unmute = _mute_abandoned_work()
 
     def __enter__(self) -> Self:
         return self
@@ -136,7 +157,6 @@ class Checkpoints:
         """Waits for the save under way and frees orbax's threads. Raises UserError if that save failed."""
         try:
             self.wait()
-            self._unmute()
         finally:
             self._manager.close()
 
@@ -291,37 +311,11 @@ def _read(folder: Path, step: int, target, partial: bool = False):
 @contextlib.contextmanager
 def _reader(folder: Path, step: int):
     """An orbax reader whose errors say that the checkpoint is damaged."""
-    unmute = _mute_abandoned_work()
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             yield reader
     except Exception as error:
         raise _damaged(folder, step, _reason(error)) from error
-    unmute()
-
-
-def _mute_abandoned_work() -> Callable[[], None]:
-    """Mutes what asyncio reports of work that orbax abandons; returns the function that ends this.
-
-    When one array cannot be read or written, it abandons all others. Each of those would then print a traceback, from another thread and at any
-    later time; so after an error (only) these reports stay muted.
-    """
-    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
-
-    def report(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    def worth_logging(record: logging.LogRecord) -> bool:
-        return "exception was never retrieved" not in record.getMessage()
-
-    def unmute() -> None:
-        sys.unraisablehook = hook
-        log.removeFilter(worth_logging)
-
-    sys.unraisablehook = report
-    log.addFilter(worth_logging)
-    return unmute
 
 
 def _differences(saved, wanted, most: int = 10) -> list[str]:

@@ -186,6 +186,10 @@ class Summary:
     def __init__(self):
         self._steps = []
 
+    def __len__(self) -> int:
+        """Steps since the last `take`."""
+        return len(self._steps)
+
     def add(self, values: dict) -> None:
         """Adds one step: name -> scalar, for a mean over steps, or pair (sum, count), for a mean over examples (sum of sums / sum of counts)."""
         self._steps.append(dict(values))

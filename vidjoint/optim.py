@@ -248,9 +248,7 @@ def split_frozen(params: dict, patterns) -> tuple[dict, dict]:
             continue
         if not any(compiled[-1].fullmatch(name) for name in paths):
             starts = ", ".join(sorted({name.partition("/")[0] for name in paths}))
-            problems.append(
-                f"optim.freeze: {pattern!r} matches no parameter: it must match a whole name such as {paths[0]!r} (starts: {starts})"
-            )
+            problems.append(f"optim.freeze: {pattern!r} matches no parameter: it must match a whole name such as {paths[0]!r} (starts: {starts})")
     if paths and all(any(pattern.fullmatch(name) for pattern in compiled) for name in paths):
         problems.append("optim.freeze: every parameter is frozen and nothing is left to train: freeze fewer")
     if problems:

@@ -10,7 +10,7 @@ from vidjoint.models.mixers.motion import from_blocks, to_blocks
 def rollout(maps: Maps) -> np.ndarray:
     """Attention rollout (Abnar and Zuidema 2020): how much each token of the input, float32[T, N], stands behind what the pool reads; sums to 1.
 
-    Their equation for one attention, 0.5 A + 0.5 I, holds for each stage. A block of divided or motion attention has two, over time and over space, and
+    Their equation for one attention, 0.5 A + 0.5 I, holds for each stage. A block of divided or motion attention has two, over time and over space;
     the rollout is their product in the order in which the tokens pass. MLPs and adapters mix no tokens. Tokens that a stage leaves alone keep to
     themselves. A shift of channels in time has no residual: the shares of the channels are its map. Where the frames hold copies of one class token,
     what each copy reads is the mean over the frames.

@@ -114,7 +114,9 @@ def describe(name: str):
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        # as jax.devices() has them: v4 has two cores in a chip, which run as one
+        settings = {"chip_config_name": "megacore"} if chip == "v4" else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **settings).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise UserError(f"--topology={name}: libtpu knows no such arrangement ({str(error).splitlines()[0]})") from error
 

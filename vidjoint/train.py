@@ -34,6 +34,7 @@ from vidjoint.weights.pretrained import adopt, open_weights
 
 MEMORY_ADVICE = "lower batch_size, set model.remat=block, or share the parameters out by mesh.fsdp"
 PROGRESS = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # within 80 columns
+NO_DEVICE = (RuntimeError, AssertionError)  # what JAX raises where it finds none
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ENODEV, errno.ESTALE, errno.EACCES, errno.EPERM)
 
 log = logging.getLogger(__name__)
@@ -137,8 +138,9 @@ def open_devices(config: ConfigDict) -> jax.sharding.Mesh:
     """All devices in the mesh of `config.mesh`. Raises UserError if they don't fit or JAX finds none."""
     try:
         devices = jax.devices()
-    except RuntimeError as error:
-        raise UserError(f"JAX finds no device ({str(error).splitlines()[0]}): install JAX for this hardware, or set JAX_PLATFORMS=cpu") from error
+    except NO_DEVICE as error:
+        reason = str(error).partition("\n")[0] or "it doesn't say why"
+        raise UserError(f"JAX finds no device ({reason}): install JAX for this hardware, or set JAX_PLATFORMS=cpu") from error
     return sharding.make_mesh(config.mesh, devices)
 
 
@@ -166,10 +168,9 @@ def train(config: ConfigDict, workdir: str | Path, force_config: bool = False) -
     folder = RunFolder(Path(workdir).expanduser())
     with contextlib.ExitStack() as opened:
         stop = opened.enter_context(StopSignal())
-        lock = folder.locked() if jax.process_index() == 0 else contextlib.nullcontext()
         there = folder.path.exists()
         if there:
-            opened.enter_context(lock)
+            opened.enter_context(_locked(folder))
         if folder.has_checkpoint:
             config = adopt(config, folder.config)
         setup = prepare(config, resumes=folder.has_checkpoint)
@@ -177,7 +178,7 @@ def train(config: ConfigDict, workdir: str | Path, force_config: bool = False) -
         labels = {name: task.labels for name, task in setup.tasks.items()}
         folder.check(config, labels, force_config, {name: len(task.train) for name, task in setup.tasks.items()})
         if not there:  # not made before it is known that the run can start
-            opened.enter_context(lock)
+            opened.enter_context(_locked(folder))
         with _disk_errors(folder):
             return _train(setup, folder, labels, stop)
 
@@ -215,6 +216,14 @@ def _train(setup: Setup, folder: RunFolder, labels: dict[str, tuple[str, ...]], 
     return content
 
 
+def _locked(folder: RunFolder) -> contextlib.AbstractContextManager:
+    """Process 0 locks the folder for all processes of the run."""
+    try:
+        return contextlib.nullcontext() if jax.process_index() else folder.locked()
+    except NO_DEVICE:  # `prepare` says so, with all else that is wrong
+        return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def _disk_errors(folder: RunFolder):
     """A disk that is full, read-only or gone ends a run with one line."""
@@ -249,6 +258,8 @@ def run_steps(
         return bool(every) and done % every == 0
 
     def save_and_stop(done: int) -> None:
+        if events.steps:
+            events.take(done, float(setup.schedule(done - 1)))
         checkpoints.save(done, state)
         checkpoints.wait()
         raise Stopped(done)
@@ -324,6 +335,11 @@ class Log:
         if self._writer:
             with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # the first error is the one to show
                 self._writer.close(ended=kind is None)
+
+    @property
+    def steps(self) -> int:
+        """Steps since the last event."""
+        return len(self._means)
 
     def step(self, values: dict, waited: float, examples: int) -> None:
         """Counts one step of so many examples; doesn't wait for the device."""

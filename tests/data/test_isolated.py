@@ -1,6 +1,7 @@
 """Calls in child processes: what they return and raise, and that nothing a child does reaches the caller but as a line."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from tests.data.sets import configure, mixed, same
 from tests.faults import hostile
 from vidjoint.data import examples, isolated
+from vidjoint.data.demo import write_video
 from vidjoint.data.isolated import Limits
 from vidjoint.data.video import DecodeError
 from vidjoint.errors import UserError
@@ -77,6 +79,13 @@ def test_memory_is_bounded():
     assert call(hostile.address_space) < 400 << 20  # in a new process
 
 
+def test_a_child_that_cannot_start_is_told(monkeypatch):
+    isolated.close()
+    monkeypatch.setattr(isolated, "CODE", "raise SystemExit(3)")
+    with pytest.raises(UserError, match=r"^a decoding process does not start \(exit status 3\): mend that, or set data.isolate=none$"):
+        call(hostile.echo, 1)
+
+
 def test_a_child_that_is_killed_while_idle_is_replaced():
     call(hostile.echo, 0)
     for child in isolated._idle:
@@ -129,6 +138,20 @@ def test_pixels_are_those_of_threads(root):
             same(mixed(configure(root, "moves", "stills", **{"data.isolate": isolate})).step(i), batches)
 
 
+def test_a_substitute_has_the_draws_of_what_it_replaces(root, tmp_path):
+    """However far a file was read before it failed: here one that needs too many frames, which shows only after its clip has been chosen."""
+    shutil.copytree(root / "moves", tmp_path / "moves")
+    shutil.copy(root / "moves.csv", tmp_path)
+    write_video(tmp_path / "moves" / "4.mp4", np.random.default_rng(0).integers(0, 256, (60, 20, 24), np.uint8))
+    steps = {}
+    for isolate in ("none", "video"):
+        mix = mixed(configure(tmp_path, "moves", **{"data.isolate": isolate, "data.max_frames": 10}))
+        steps[isolate] = [mix.step(i) for i in range(3)]
+        assert ["data.max_frames" in line for line in mix.bad["moves"].values()] == [True]
+    for ours, theirs in zip(*steps.values(), strict=True):
+        same(ours, theirs)
+
+
 def test_relative_paths_are_those_of_the_caller(root, monkeypatch):
     config = configure(root, "moves")
     first = mixed(config).step(0)
@@ -166,16 +189,19 @@ def test_a_killed_decoder_changes_nothing(root):
     stop = threading.Event()
 
     def kill():
-        while not stop.wait(0.3):
-            for child in list(_children()):
+        for _ in range(4):
+            if stop.wait(0.5):
+                break
+            for child in list(_children())[:1]:
                 os.kill(child, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
     try:
         mix = mixed(config)
-        for i, batches in enumerate(expected):
-            same(mix.step(i), batches)
+        for _ in range(3):
+            for i, batches in enumerate(expected):
+                same(mix.step(i), batches)
     finally:
         stop.set()
         killer.join()

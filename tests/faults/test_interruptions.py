@@ -189,8 +189,9 @@ def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(forking, 
     print(f"a full disk: {line}; checkpoints {whole} are whole")
     shutil.rmtree(next((workdir / "checkpoints").glob("*tmp*")), ignore_errors=True)
     shutil.rmtree(workdir / "checkpoints" / str(whole[0]))
+    before = runs.last_step(workdir)
     with forking.start(config, workdir, "--config.checkpoint_every=1000") as run:
-        assert run.until_step(whole[-1] + 2), run.said()
+        assert run.until_step(before + 2), run.said()
         _fill(small_disk / "filling")
         assert run.wait() == [2], run.said()
         line = _only(run.said())

@@ -8,10 +8,10 @@ import pytest
 
 from tests.models import oracles, oracles_motion
 from tests.models.test_vit import clip, features, init, random_params, tiny
-from vidjoint.models.macs import macs
 from vidjoint.config import base_config
 from vidjoint.models.build import build, count_parameters
 from vidjoint.models.layers import dot_product_attention
+from vidjoint.models.macs import macs
 from vidjoint.models.mixers.motion import from_blocks, to_blocks
 from vidjoint.models.spec import MotionSpec
 

@@ -26,6 +26,7 @@ from vidjoint.data.video import DecodeError, NoMemory
 from vidjoint.errors import UserError
 
 START_SECONDS = 300  # for a child to import its modules, on a machine that is busy
+MOST_STARTS = 5  # attempts
 READY = b"!"
 SMALL = 1 << 16  # bytes
 HEAD = struct.Struct("<QQ")  # bytes of a pickle, number of the buffers behind it
@@ -61,7 +62,7 @@ def call(limits: Limits, name: str, function: Callable, *args) -> Any:
       DecodeError: it takes more than the limits, or kills the child; and whatever the function raises.
     """
     for attempt in range(2):
-        child = _Child() if attempt else _waiting()
+        child = _started() if attempt else _waiting()
         try:
             answer = child.ask(limits, function, args)
         except TimeoutError:
@@ -102,13 +103,14 @@ class _Child:
         self._answers = self._socket.makefile("rb", 1 << 16)
         try:
             self._socket.settimeout(START_SECONDS)
-            if self._receive(1) != READY:
-                raise Died
+            ready = self._receive(1) == READY
         except (Died, TimeoutError, ConnectionError):
-            raise UserError(f"a decoding process does not start ({self.end(patience=1)}): mend that, or set data.isolate=none") from None
+            ready = False
         except BaseException:
             self.end()
             raise
+        if not ready:
+            raise Died(self.end(patience=1))
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -163,10 +165,20 @@ def _waiting() -> _Child:
         try:
             child = _idle.pop()
         except IndexError:
-            return _Child()
+            return _started()
         if child.is_alive():
             return child
         child.end()
+
+
+def _started() -> _Child:
+    """A new child. Should one be killed before it has started, that is tried a few times."""
+    for _ in range(MOST_STARTS):
+        try:
+            return _Child()
+        except Died as error:
+            reason = str(error)
+    raise UserError(f"a decoding process does not start ({reason}): mend that, or set data.isolate=none")
 
 
 _idle: deque[_Child] = deque()

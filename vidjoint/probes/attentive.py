@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from vidjoint.losses import cross_entropy, sigmoid_cross_entropy
@@ -90,10 +91,11 @@ def _all_logits(params, tokens, heads):
     return jax.vmap(lambda params: logits(params, tokens, heads))(params)
 
 
-def train(batches: Batches, held: np.ndarray, width: int, heads: int, classes: int, batch_size: int, epochs: float, seed: int) -> Probes:
+def train(batches: Batches, mesh: Mesh, held: np.ndarray, width: int, heads: int, classes: int, batch_size: int, epochs: float, seed: int) -> Probes:
     """Trains all probes at once.
 
     Args:
+      mesh: over which the examples of a batch are split.
       batches: order of the training examples int[n] -> batches (tokens, label, index, mask) in that order; `index` counts along the order.
       held: bool[n], the examples that half of the probes don't see.
       epochs: passes through the training split; more if they have fewer than LEAST updates.
@@ -101,7 +103,7 @@ def train(batches: Batches, held: np.ndarray, width: int, heads: int, classes: i
     per_epoch = math.ceil(len(held) / batch_size)
     steps = max(LEAST, round(epochs * per_epoch))
     blind = np.repeat([True, False], len(RATES))  # those that don't see the held-out examples
-    params, state = _start(jax.random.key(seed), width, classes, steps)
+    params, state = jax.device_put(_start(jax.random.key(seed), width, classes, steps), NamedSharding(mesh, PartitionSpec()))  # whole on each device
     done, epoch = 0, 0
     with tqdm(total=steps, desc="attentive probe", disable=None, delay=2, leave=False, unit=" updates") as bar:
         while done < steps:

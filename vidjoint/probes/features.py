@@ -50,7 +50,8 @@ class Backbone:
         self.params = jax.device_put(jax.device_get(params), sharding.tree_sharding(params, self.mesh))
         devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         self.batch_size = math.ceil(batch_size / devices) * devices
-        self._run = {"features": jax.jit(functools.partial(features, model)), "tokens": jax.jit(functools.partial(tokens, model))}
+        split = sharding.batch_sharding(self.mesh)
+        self._run = {make.__name__: jax.jit(functools.partial(make, model), out_shardings=split) for make in (features, tokens)}
         self._named = set()  # files that have been reported
 
     def shape(self, task: Task, what: str) -> tuple[int, ...]:

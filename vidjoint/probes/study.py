@@ -97,7 +97,7 @@ class Study:
         train, val = (self._batches(split, kept) for split in SPLITS)
         width, heads = self.backbone.shape(self.task, "tokens")[-1], self.backbone.model.spec.heads
         sizes = dict(width=width, heads=heads, classes=len(self.task.labels), batch_size=self.backbone.batch_size)
-        probes = attentive.train(train, self.held, **sizes, epochs=epochs, seed=self.seed)
+        probes = attentive.train(train, self.backbone.mesh, self.held, **sizes, epochs=epochs, seed=self.seed)
         count = len(attentive.RATES)
         scores, label = probes.scores(train(np.flatnonzero(self.held)), slice(count))
         tried = [{"lr": rate, "held_out": self._quality(found, label)} for rate, found in zip(attentive.RATES, scores, strict=True)]
