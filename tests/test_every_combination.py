@@ -72,4 +72,4 @@ def test_training_step(data, mixer, schedule):
         new, metrics = train_step.eval_shape(state, batches)
         assert shapes(new) == shapes(state)
         assert shapes(metrics["loss"]) == ((), np.float32)
-        assert metrics.keys() == {"loss", "grad_norm", *(f"{name}/loss" for name in COUNTS)}
+        assert metrics.keys() == {"loss", "grad_norm", "skipped", *(f"{name}/loss" for name in COUNTS)}

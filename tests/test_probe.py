@@ -184,7 +184,9 @@ def test_wilson_interval():
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory):
     """A config of two tasks, noise, and the tasks."""
-    config = tiny.config_of(tiny.make_run(tmp_path_factory) / "data")
+    folder = tmp_path_factory.mktemp("noise")
+    tiny.write_data(folder)
+    config = tiny.config_of(folder)
     config.model.mixer = "none"
     return config, open_tasks(config)
 

@@ -292,5 +292,10 @@ def test_one_process_by_itself(monkeypatch):
     for name in PRIVATE:
         monkeypatch.setitem(sys.modules, name, None)
     assert processes._cluster_size() is None and processes._key_value_store() is None
-    with processes.joined(parser.parse_args([])):  # JAX itself finds no cluster
+
+    def finds_nothing(*_, **__):  # in the words of JAX, which asks whether it has been used before it looks
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", finds_nothing)
+    with processes.joined(parser.parse_args([])):
         assert not jax.distributed.is_initialized()

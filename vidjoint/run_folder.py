@@ -101,6 +101,7 @@ class RunFolder:
         Raises:
           UserError: another run is in the folder, or the folder can't be written.
         """
+        self._refuse_weights()
         file = self.path / LOCK
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -126,6 +127,10 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
+    def _refuse_weights(self) -> None:
+        if self.weights.exists():
+            raise UserError(f"{self.path} holds weights, not a run: give another --workdir, and init_from={self.path} to start from them")
+
     def check(self, config: ConfigDict, labels: dict[str, tuple[str, ...]], force: bool = False, examples: dict[str, int] | None = None) -> None:
         """Returns if what is here may go on with this config: there is no checkpoint yet, or it was started with settings that compute the same.
 
@@ -134,8 +139,7 @@ class RunFolder:
         Raises:
           UserError: there is one with other settings; lists the differences. Or this is a folder of weights.
         """
-        if self.weights.exists():
-            raise UserError(f"{self.path} holds weights, not a run: give another --workdir, and init_from={self.path} to start from them")
+        self._refuse_weights()
         if force or not self.has_checkpoint:
             return
         changed = [line for line in config_module.difference(self.config, config) if not HARMLESS.fullmatch(line.partition(":")[0])]

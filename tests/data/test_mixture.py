@@ -132,14 +132,16 @@ def test_worker_processes(root, count, no_threads_left):
 
 def test_killed_worker_processes_are_replaced(root, caplog, no_threads_left):
     config = configure(root, *SIZES)
-    direct = [mixed(config).step(i) for i in range(6)]
+    direct, ended = mixed(config), "a process of data.workers=2 ended (exit code -9)"
     config.data.workers = 2
     with closing(mixed(config).iterate()) as tuples:
-        for i, batches in enumerate(islice(tuples, 6)):
-            same(batches, direct[i])
+        for i, batches in enumerate(tuples):
+            same(batches, direct.step(i))
             if i == 1:
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    assert any("a process of data.workers=2 ended (exit code -9)" in record.getMessage() for record in caplog.records)
+            if told := any(ended in record.getMessage() for record in caplog.records):  # some later one: what it had decoded before is used
+                break
+    assert told and i > 1
 
 
 def test_workers_end_with_a_killed_parent(root, tmp_path):

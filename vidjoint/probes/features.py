@@ -57,7 +57,7 @@ class Backbone:
     def shape(self, task: Task, what: str) -> tuple[int, ...]:
         """Of one example: (D,) of features, (M, D) of tokens."""
         temporal, spatial = self._views(task)
-        pixels = jax.ShapeDtypeStruct((1, temporal * spatial, *task.clip.shape), np.uint8)
+        pixels = jax.ShapeDtypeStruct((self.batch_size, temporal * spatial, *task.clip.shape), np.uint8)
         return jax.eval_shape(self._run[what], self.params, pixels).shape[1:]
 
     def batches(self, task: Task, source: Source, what: str) -> Iterator[tuple[jax.Array, np.ndarray, np.ndarray, np.ndarray]]:
