@@ -39,7 +39,7 @@ LAYERS = (
     + ("vidjoint.plots", "vidjoint.predictions", "vidjoint.page"),
     ("vidjoint.losses", "vidjoint.metrics", "vidjoint.sharding", "vidjoint.config", "vidjoint.processes", "vidjoint.checksums", "vidjoint.stopping"),
     ("vidjoint.trackers",),
-    ("vidjoint.errors", "vidjoint.exported.", "vidjoint.huge_pages"),
+    ("vidjoint.errors", "vidjoint.exported.", "vidjoint.host_memory"),
 )
 
 

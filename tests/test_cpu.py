@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vidjoint import cpu, huge_pages
+from vidjoint import cpu, host_memory
 from vidjoint.config import base_config
 
 GIB = 2**30
@@ -51,15 +51,18 @@ def test_devices_are_there_and_compute():
     assert run(code, XLA_FLAGS="--xla_force_host_platform_device_count=2") == ["2"]
 
 
-@pytest.mark.skipif(not huge_pages.can_be_asked_for(), reason="only where huge pages are there for whoever asks, and glibc is 2.35 or newer")
-def test_commands_ask_for_huge_pages():
+@pytest.mark.skipif(not host_memory.can_be_kept(), reason="only with glibc 2.35 or newer")
+def test_commands_keep_their_memory():
     code = (
-        "import os, sys, resource, jax, jax.numpy as jnp; from vidjoint import huge_pages; {}; f = jax.jit(lambda x: x + 1);"
+        "import os, sys, resource, jax, jax.numpy as jnp; from vidjoint import host_memory; {}; f = jax.jit(lambda x: x + 1);"
         "x = jnp.ones(1 << 24); [f(x).block_until_ready() for _ in range(3)]; before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt;"
         "[f(x).block_until_ready() for _ in range(3)]; print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before);"
         "print(os.environ['GLIBC_TUNABLES'])"
     )
-    asked, tunables = run(code.format("huge_pages.ask()"), GLIBC_TUNABLES="glibc.malloc.check=0")
-    assert tunables == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
-    plain, _ = run(code.format("0"), GLIBC_TUNABLES="glibc.malloc.check=0")
-    assert int(asked) < 2000 < 20_000 < int(plain)
+    others = "glibc.rtld.optional_static_tls=512"
+    kept, tunables = run(code.format("host_memory.keep()"), GLIBC_TUNABLES=others)
+    assert tunables == others  # what this process starts is not concerned
+    plain, _ = run(code.format("0"), GLIBC_TUNABLES=others)
+    assert int(kept) < 500 < 20_000 < int(plain)
+    _, tunables = run(code.format("host_memory.keep()"), GLIBC_TUNABLES="glibc.malloc.arena_max=2")
+    assert tunables == "glibc.malloc.arena_max=2"  # somebody has chosen

@@ -8,10 +8,10 @@ import argparse
 import importlib.metadata
 import sys
 
-from vidjoint import huge_pages
+from vidjoint import host_memory
 
 if __name__ == "__main__":
-    huge_pages.ask()  # as vidjoint.main does
+    host_memory.keep()  # as vidjoint.main does
 
 import jax
 from ml_collections import ConfigDict

@@ -8,28 +8,23 @@ import jax
 from ml_collections import ConfigDict
 
 from vidjoint.data.workers import cores
-from vidjoint.huge_pages import only_cpus
+from vidjoint.host_memory import only_cpus
 from vidjoint.models.build import PRESETS
 
 LARGE = 100  # patches of a frame
 STATE_BYTES = 16  # float32 parameter, gradient and AdamW's two moments
-# Of XLA's libraries YNNPACK is faster in small products of matrices, Eigen (with this setting) in large ones
-LARGE_PRODUCTS = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
 
 
 def set_up(config: ConfigDict) -> None:
-    """Gives JAX `devices(config)` CPU devices and what suits such pictures, if it runs on CPUs and has not started.
+    """Gives JAX `devices(config)` CPU devices, if it runs on CPUs and has not started.
 
     An operation runs over several threads with much waiting; several devices, each with its rows of the batch, do not wait for each other.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if not only_cpus() or "xla_force_host_platform_device_count" in flags:
+    if not only_cpus() or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     count = devices(config, cores(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with contextlib.suppress(RuntimeError):  # JAX has started: it is in other hands
         jax.config.update("jax_num_cpu_devices", count)
-    if is_large(config) and "ynn_fusion_type" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {LARGE_PRODUCTS}"
 
 
 def is_large(config: ConfigDict) -> bool:

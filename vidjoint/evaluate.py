@@ -14,6 +14,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from vidjoint import host_memory
+
+if __name__ == "__main__":
+    host_memory.keep()  # as vidjoint.main does
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils

@@ -8,10 +8,10 @@ import logging
 import sys
 from pathlib import Path
 
-from vidjoint import huge_pages
+from vidjoint import host_memory
 
 if __name__ == "__main__":
-    huge_pages.ask()  # it starts this command again, so before the imports that take seconds
+    host_memory.keep()  # it starts this command again, so before the imports that take seconds
 
 import jax
 

@@ -13,6 +13,11 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from vidjoint import host_memory
+
+if __name__ == "__main__":
+    host_memory.keep()  # as vidjoint.main does
+
 from tqdm import tqdm
 
 from vidjoint import sharding
