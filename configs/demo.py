@@ -19,7 +19,6 @@ def get_config(argument: str = ""):
     config.batch_size = 64
     config.checkpoint_every = 650
     config.eval_every = 650
-    config.data.threads = 2  # clips this small are decoded mostly in Python, where more threads get in each other's way
 
     model = config.model
     model.update(variant="Ti/8", width=64, depth=2, heads=4, mlp_dim=256, frames=8, image_size=32, dtype="float32", gelu="tanh")

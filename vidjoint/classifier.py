@@ -16,7 +16,7 @@ from vidjoint.data.examples import ClipSpec
 from vidjoint.data.files import has_extension
 from vidjoint.data.prediction import PIECE, Piece, Row, Window, decoded, group, whole_files
 from vidjoint.data.tasks import clip_spec
-from vidjoint.data.workers import cores
+from vidjoint.data.workers import decode_threads
 from vidjoint.errors import UserError
 from vidjoint.models.build import build
 from vidjoint.step import multilabel_tasks, probabilities
@@ -188,7 +188,7 @@ class Classifier:
     ) -> Iterator[tuple[Row, dict | np.ndarray]]:
         """Yields every row with what `function(params, pixels [B, V, T, H, W, 3], tasks)` makes of it, in order."""
         temporal, spatial = (int(n) for n in self.config.eval.views.split("x"))
-        size, threads = self._batch_size(), threads or self.config.data.threads or cores()
+        size, threads = self._batch_size(), threads or decode_threads(self.config.data)
         rows = decoded(pieces, lambda path: tuple(kind.clip for kind in kinds_of(path)), temporal, spatial, threads, 2 * threads + size)
         groups, in_flight, done, due = group(rows, size), deque(), {}, 0
 
@@ -229,7 +229,7 @@ class Classifier:
 
     def windows_at_a_time(self, threads: int = 0) -> int:
         """How many windows of a video one thread may decode in one go, so that what all of them hold stays bounded."""
-        return max(1, min(PIECE, MAX_BATCH_BYTES // (self._bytes_of_clip() * (threads or self.config.data.threads or cores()))))
+        return max(1, min(PIECE, MAX_BATCH_BYTES // (self._bytes_of_clip() * (threads or decode_threads(self.config.data)))))
 
     def _batch_size(self) -> int:
         return max(1, min(self.config.eval.batch_size, MAX_BATCH_BYTES // self._bytes_of_clip()))

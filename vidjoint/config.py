@@ -58,7 +58,7 @@ def base_config() -> ConfigDict:
     c.tasks = ConfigDict()  # name -> task_config(...)
 
     c.data = ConfigDict()
-    c.data.threads = 0  # decoding threads of this process; 0: one per core
+    c.data.threads = 0  # decoding threads of this process; 0: one per core, or 3 for 2 cores where they wait for processes (isolate)
     c.data.workers = 0  # decoding processes; 0: threads of this process (PyAV releases the GIL, so threads are enough)
     c.data.prefetch = 4  # steps whose batches are decoded ahead (each worker process: at least four)
     c.data.max_bad_share = 0.1  # share of one training set's files that may fail to decode before the run stops with their list

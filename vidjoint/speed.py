@@ -207,6 +207,7 @@ def measure_data(setup: Setup, steps: Steps, count: int) -> dict:
     tenth = max(1, len(memory) // 10)
     return {
         "pipeline_clips_per_s": statistics.median(rates),
+        "run_clips_per_s": sum(mixture.examples(i) for i in range(warm, warm + count)) / seconds,
         "wait_share": waited / seconds,
         "training_steps": count,
         "host_bytes_begin": statistics.median(memory[tenth : 2 * tenth] or memory),

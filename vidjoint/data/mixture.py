@@ -19,7 +19,7 @@ from vidjoint.data.records import FileRecords
 from vidjoint.data.schedules import SCHEDULES, Stream, steps_per_epoch
 from vidjoint.data.tasks import Task, union_size
 from vidjoint.data.video import DecodeError
-from vidjoint.data.workers import Decoder, cores, decode_ahead
+from vidjoint.data.workers import Decoder, decode_ahead, decode_threads
 from vidjoint.errors import UserError, printable
 
 SHOWN = 20  # bad files that an error names; the log has named them all
@@ -93,7 +93,7 @@ class Mixture:
 
     def step(self, step: int) -> tuple[dict, ...]:
         """The tuple of batches of one step, decoded here and now."""
-        with contextlib.closing(_Steps(self, self._data.threads or cores())) as steps:
+        with contextlib.closing(_Steps(self, decode_threads(self._data))) as steps:
             return self._checked(steps.map(step))
 
     def iterate(self, start: int = 0) -> Iterator[tuple[dict, ...]]:
@@ -108,7 +108,7 @@ class Mixture:
         rows = [len(rows) for rows in self.rows]
         batch_bytes = [count * math.prod(stream.shape) for stream, count in zip(self.streams, rows, strict=True)]
         fewest_rows, most_bytes = (sum(rows), sum(batch_bytes)) if self._order is None else (min(rows), max(batch_bytes))
-        steps = _Steps(self, max(1, (self._data.threads or cores()) // max(workers, 1)))
+        steps = _Steps(self, max(1, (decode_threads(self._data)) // max(workers, 1)))
         with contextlib.closing(decode_ahead(steps, range(start, sys.maxsize), fewest_rows, self._data.prefetch, workers, most_bytes)) as tuples:
             for batches in map(self._checked, tuples):
                 if workers:  # copies shared memory, which grain frees only while the interpreter is whole
@@ -143,7 +143,7 @@ def evaluation_batches(task: Task, config: ConfigDict, batch_size: int, temporal
     (task, index, reason)).
     """
     rows = rows_of(batch_size)
-    decoder = _ViewBatches(task, batch_size, rows, (temporal, spatial), config.data.threads or cores())
+    decoder = _ViewBatches(task, batch_size, rows, (temporal, spatial), decode_threads(config.data))
     numbers = range(math.ceil(len(task.val) / batch_size))
     prefetch = max(1, config.data.prefetch // (temporal * spatial))
     return decode_ahead(decoder, numbers, len(rows), prefetch)

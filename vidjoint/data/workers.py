@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grain
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from vidjoint.errors import UserError
 
@@ -28,6 +29,11 @@ log = logging.getLogger(__name__)
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decode_threads(data: ConfigDict) -> int:
+    """`data.threads`, or what keeps this process's cores busy. Threads that wait for a process which decodes for them are half as many again."""
+    return data.threads or (cores() if data.isolate == "none" else math.ceil(1.5 * cores()))
 
 
 class Decoder(grain.transforms.Map):
