@@ -71,7 +71,19 @@ def test_the_summary(data):
     lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in text.splitlines() if not line.startswith(" ")}
     assert lines["stills"].split() == ["13", "13", "10", "1x16x16", "50.0", "%", "1"] and lines["steps"].startswith("5 -> 20 (1.0 per epoch")
     assert f"{trained:,} parameters trained, {frozen:,} frozen" in lines["model"] and lines["devices"].startswith(f"{jax.device_count()} cpu")
+    assert "time" not in lines  # a short run
     assert lines["results"] == f"{data}; events also to tensorboard, wandb" and "batches" in lines and "per device" in lines["memory"]
+
+
+def test_a_long_run_on_cpus_is_announced(monkeypatch):
+    """8 of 16 clips cost 1 TMAC each and 8 pictures an eighth: 9 x 6 TFLOP a step."""
+    monkeypatch.setattr(summary, "cores", lambda: 10)
+    tasks = {"clips": {"share": 0.5, "clip": [8, 32, 32]}, "stills": {"share": 0.5, "clip": [1, 32, 32]}}
+    about = {"data": tasks, "model": {"view": [8, 32, 32], "macs_per_view": 1e12}, "epoch": {"steps": 4.0, "examples": 64}}
+    seconds = summary.cpu_seconds(about, 100)
+    assert seconds == pytest.approx(100 * 9 * 6e12 / (10 * summary.CORE))
+    assert [summary.in_time(s) for s in (seconds, 7300, 500_000)] == ["4 hours", "2 hours", "6 days"]
+    assert summary.in_time(6000) == "100 minutes"
 
 
 def test_units():

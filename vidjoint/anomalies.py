@@ -16,7 +16,8 @@ from vidjoint.data.mixture import Mixture
 from vidjoint.errors import UserError
 from vidjoint.metrics import write_whole
 
-IN_FLIGHT = 2  # steps that may wait on the device; more would only hold their batches in its memory
+IN_FLIGHT = 2  # steps that may wait on the device; more would only hold their batches in its memory,
+IN_FLIGHT_ON_CPU = 1  # and on CPUs all that they compute with, too
 FOLDER = "bad_step"  # in the run's folder; `vidjoint.replay` reads it
 
 
@@ -53,11 +54,12 @@ class Step:
 
 
 class BadSteps:
-    """Looks at each step when its values have come anyway, IN_FLIGHT steps later, and counts those in a row that were skipped."""
+    """Looks at each step when its values have come anyway, a step or two later, and counts those in a row that were skipped."""
 
     def __init__(self, most: int):
         """`most` is `config.max_skipped`: so many in a row are too many; 0: any number may be."""
         self._most, self._on_their_way = most, collections.deque()
+        self._in_flight = IN_FLIGHT_ON_CPU if jax.default_backend() == "cpu" else IN_FLIGHT
         self._row, self._first = 0, None
 
     @property
@@ -66,10 +68,10 @@ class BadSteps:
         return not self._on_their_way or self._on_their_way[-1].values["skipped"].is_ready()
 
     def add(self, step: Step) -> bool:
-        """Takes a step that was just started; waits for the one IN_FLIGHT before it. Returns whether too many in a row were skipped."""
+        """Takes a step that was just started; waits for the one `IN_FLIGHT` before it. Returns whether too many in a row were skipped."""
         step.values["skipped"].copy_to_host_async()
         self._on_their_way.append(step)
-        if len(self._on_their_way) > IN_FLIGHT:
+        if len(self._on_their_way) > self._in_flight:
             self._look(self._on_their_way.popleft())
         return 0 < self._most <= self._row
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vidjoint.data.mixture import Mixture
 from vidjoint.data.tasks import Task
+from vidjoint.data.workers import cores
 from vidjoint.models.build import Model, count_parameters
 from vidjoint.models.macs import macs
 from vidjoint.step import TrainState
@@ -25,6 +26,8 @@ SCHEDULES = {  # in words, before what they take of each task
     "weighted": "in a drawn order",
     "accumulated": "in every step, gradients summed",
 }
+CORE = 4e10  # FLOP/s of training that a core reaches (docs/performance.md: 40 to 57 G with clips of 224 pixels)
+LONG = 1800.0  # seconds from which on a run on CPUs is announced as long
 PACKAGES = ("vidjoint", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
 
 
@@ -84,8 +87,27 @@ def text(about: dict, start: int, total_steps: int, folder: Path, log_to: tuple[
     processes = f", {devices['processes']} processes" if devices["processes"] > 1 else ""
     lines.append(f"devices    {devices['count']} {devices['kind']} ({mesh}){processes}")
     lines.append(f"steps      {start} -> {total_steps} ({about['epoch']['steps']:.1f} per epoch of {about['epoch']['examples']:.0f} examples)")
+    if devices["kind"] == "cpu" and (seconds := cpu_seconds(about, total_steps - start)) > LONG:
+        smaller = "--config.model.variant=Ti/16 --config.model.image_size=96 --config.total_steps=N"
+        lines.append(f"time       about {in_time(seconds)} without a GPU or TPU, and evaluation besides; sooner: a smaller model ({smaller})")
     lines.append(f"results    {folder}" + (f"; events also to {', '.join(log_to)}" if log_to else ""))
     return "\n".join(lines)
+
+
+def cpu_seconds(about: dict, steps: int) -> float:
+    """Roughly what that many training steps take on the cores of this machine."""
+    largest = math.prod(about["model"]["view"])
+    share = sum(task["share"] * math.prod(task["clip"]) / largest for task in about["data"].values())
+    examples = about["epoch"]["examples"] / about["epoch"]["steps"]
+    return 6 * about["model"]["macs_per_view"] * share * examples * steps / (CORE * cores())
+
+
+def in_time(seconds: float) -> str:
+    """A long time, for people."""
+    for size, unit in ((86400, "days"), (3600, "hours")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds / 60:.0f} minutes"
 
 
 def batches(schedule: str, mixture: Mixture) -> str:
