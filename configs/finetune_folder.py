@@ -8,7 +8,8 @@ their patch size, as in --config.model.variant=B/14. Have separate folders? Set
 --config.tasks.videos.train=train --config.tasks.videos.val=val --config.tasks.videos.fold=''. A list of files: --config.tasks.videos.source=csv.
 
 Hardware: one GPU with 16 GB for the B/16 of 8 x 224 x 224; on a CPU try --config.model.variant=Ti/16 --config.model.image_size=96
---config.model.dtype=float32 --config.model.remat=none. From scratch, a small set of videos teaches little: init_from matters more than anything else here.
+--config.model.dtype=float32 --config.model.remat=none. From scratch, a small set of videos teaches little: init_from matters more than anything
+else here.
 """
 
 from vidjoint.config import base_config, task_config

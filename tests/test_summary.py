@@ -82,7 +82,7 @@ def test_a_long_run_on_cpus_is_announced(monkeypatch):
     about = {"data": tasks, "model": {"view": [8, 32, 32], "macs_per_view": 1e12}, "epoch": {"steps": 4.0, "examples": 64}}
     seconds = summary.cpu_seconds(about, 100)
     assert seconds == pytest.approx(100 * 9 * 6e12 / (10 * summary.CORE))
-    assert [summary.in_time(s) for s in (seconds, 7300, 500_000)] == ["4 hours", "2 hours", "6 days"]
+    assert [summary.in_time(s) for s in (seconds, 7300, 500_000)] == ["5 hours", "2 hours", "6 days"]
     assert summary.in_time(6000) == "100 minutes"
 
 

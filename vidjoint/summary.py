@@ -26,7 +26,7 @@ SCHEDULES = {  # in words, before what they take of each task
     "weighted": "in a drawn order",
     "accumulated": "in every step, gradients summed",
 }
-CORE = 4e10  # FLOP/s of training that a core reaches (docs/performance.md: 40 to 57 G with clips of 224 pixels)
+CORE = 3e10  # FLOP/s of training that a core reaches (docs/performance.md: 40 to 57 G with clips of 224 pixels, less with smaller ones)
 LONG = 1800.0  # seconds from which on a run on CPUs is announced as long
 PACKAGES = ("vidjoint", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
 
