@@ -181,7 +181,7 @@ def test_packs_and_reads_back(films, capsys):
     before = {file.name: file.read_bytes() for file in (films / "films").iterdir()}
     assert command(films, f"--val={films / 'val.csv'}") == 1
     out = capsys.readouterr().out
-    assert "BAD  five.mp4: " in out and "6 of 7 videos in 3 shards, 1 bad; read back and compared" in out and "2 of 2 videos" in out
+    assert "BAD  five.mp4: " in out and "6 of 7 videos in 3 shards, 1 bad; read back and compared\n" in out and "2 of 2 videos" in out
     assert {file.name: file.read_bytes() for file in (films / "films").iterdir()} == before
     written = manifest(films)
     train = written["splits"]["train"]

@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
     bad = sum(len(manifest["splits"][plan.split]["bad"]) for plan in plans)
-    print(printable(as_text(manifest, time.perf_counter() - start)))
+    print(*map(printable, as_lines(manifest, time.perf_counter() - start)), sep="\n")
     return 1 if bad and not args.allow_bad else 0
 
 
@@ -273,7 +273,7 @@ def verify(out: Path, plan: Plan, manifest: dict, pool: ThreadPoolExecutor) -> N
         raise UserError(f"{out}: the classes of {plan.split} have not as many examples as were written: remove the folder and pack again")
 
 
-def as_text(manifest: dict, seconds: float) -> str:
+def as_lines(manifest: dict, seconds: float) -> list[str]:
     lines = []
     for split, entry in manifest["splits"].items():
         if not entry.get("finished"):
@@ -286,7 +286,7 @@ def as_text(manifest: dict, seconds: float) -> str:
         lines.append(f"{split:<8}  {what}; read back and compared")
         lines.append(f"{'':<8}  {len(counts)} classes of {counts[fewest]} ({fewest}) to {counts[most]} ({most})")
         lines.append(f"{'':<8}  {entry['original_bytes'] / 1e6:.1f} MB -> {entry['bytes'] / 1e6:.1f} MB")
-    return "\n".join([*lines, f"{'time':<8}  {seconds:.1f} s"])
+    return [*lines, f"{'time':<8}  {seconds:.1f} s"]
 
 
 if __name__ == "__main__":
