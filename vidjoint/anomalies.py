@@ -16,8 +16,8 @@ from vidjoint.data.mixture import Mixture
 from vidjoint.errors import UserError
 from vidjoint.metrics import write_whole
 
-IN_FLIGHT = 2  # steps that may wait on the device; more would only hold their batches in its memory,
-IN_FLIGHT_ON_CPU = 1  # and on CPUs all that they compute with, too
+IN_FLIGHT = 2  # steps that may wait on the device; more would only hold their batches in its memory
+IN_FLIGHT_ON_CPU = 0  # there each would also hold all that it computes with, and the host has no second processor to keep busy
 FOLDER = "bad_step"  # in the run's folder; `vidjoint.replay` reads it
 
 
@@ -54,7 +54,7 @@ class Step:
 
 
 class BadSteps:
-    """Looks at each step when its values have come anyway, a step or two later, and counts those in a row that were skipped."""
+    """Looks at each step when its values have come anyway, on CPUs at once, elsewhere two steps later, and counts those in a row that were skipped."""
 
     def __init__(self, most: int):
         """`most` is `config.max_skipped`: so many in a row are too many; 0: any number may be."""
