@@ -54,7 +54,7 @@ class Step:
 
 
 class BadSteps:
-    """Looks at each step when its values have come anyway, on CPUs at once, elsewhere two steps later, and counts those in a row that were skipped."""
+    """Looks at each step when its values have come anyway (on CPUs at once, elsewhere two steps later), and counts skipped ones in a row."""
 
     def __init__(self, most: int):
         """`most` is `config.max_skipped`: so many in a row are too many; 0: any number may be."""
