@@ -8,8 +8,9 @@ import pytest
 from tests.models import oracles
 from vidjoint.config import base_config
 from vidjoint.models.build import PRESETS, Model, build, count_parameters
+from vidjoint.models.macs import macs
 from vidjoint.models.mixers import MIXERS
-from vidjoint.models.spec import AMFlowSpec, DividedSpec, TokenShiftSpec, ViTSpec
+from vidjoint.models.spec import AMFlowSpec, DividedSpec, TemporalEncoderSpec, TokenShiftSpec, ViTSpec
 
 AM_FLOW = AMFlowSpec(bottleneck=12, encoder_width=12, encoder_mlp=16, encoder_heads=2, tpu="tcn", tpu_width=12)
 TINY = ViTSpec(width=24, depth=2, heads=3, mlp_dim=48, patch=8, frames=4, image_size=24, am_flow=AM_FLOW)
@@ -149,6 +150,47 @@ def test_remat_changes_nothing_but_memory(mixer, remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, again)
     jaxpr = str(jax.make_jaxpr(jax.grad(lambda p: loss(p, tiny(mixer=mixer, remat=remat))))(params))
     assert "checkpoint" in jaxpr or "remat" in jaxpr
+
+
+@pytest.mark.parametrize(("mixer", "pool"), [*((mixer, "class_token") for mixer in MIXERS), ("none", "frame_mean"), ("none", "temporal_encoder")])
+def test_the_last_block_leaves_out_what_the_pool_does_not_read(mixer, pool):
+    """Class tokens alone, but with AM flow, whose units read all tokens: the same features and gradients with fewer operations."""
+    model = tiny(mixer=mixer, pool=pool, registers=2, temporal_encoder=TemporalEncoderSpec(depth=1))
+    params = random_params(model)
+
+    def of_all_tokens(params, pixels, key):
+        vit = model.bind(params)
+        x, branches = vit.encode(pixels)
+        return jnp.concatenate([vit.pool(x, vit.norm, None), *branches], axis=-1)
+
+    def gradient(function):
+        return jax.jit(jax.value_and_grad(lambda params: (function(params, clip(4), None) ** 2).mean()))(params)
+
+    def counted(function):
+        return macs(function, params, clip(4), None)
+
+    def features(params, pixels, key):
+        return model.features(params, pixels)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient(features), gradient(of_all_tokens))
+    tokens, frames, clips, width, hidden = 12, 4, 2, 24, 48
+    left_out = (tokens - 1) * (2 * width**2 + 2 * width * hidden)  # q, projection and MLP of a frame
+    keys, askers = (tokens, tokens - 1) if mixer != "joint" else (3 + 9 * frames, 3 + 9 * frames - 1)
+    left_out = clips * (frames * left_out + 2 * width * keys * askers * (frames if mixer != "joint" else 1))
+    if mixer == "joint":  # its sequence has class token and registers once
+        left_out = clips * (askers * 2 * width**2 + 2 * width * keys * askers + frames * (tokens - 1) * 2 * width * hidden)
+    assert counted(of_all_tokens) - counted(features) == (0 if mixer == "am_flow" else left_out)
+
+
+def test_projection_and_dense_layer_are_one_product_where_that_is_less():
+    """36 patches of a clip against width 24: 36 D^2 + D^3 (and D^2 of the bias) in place of 72 D^2; 9 patches of an image stay with two."""
+
+    def counted(mixer, frames):
+        model = tiny(mixer=mixer, pool="average", depth=1)
+        return macs(model.features, model.abstract(), clip(frames, batch=1))
+
+    assert counted("divided", 1) - counted("none", 1) == 9 * (5 * 24**2 + 2 * 24)
+    assert counted("divided", 4) - counted("none", 4) == 36 * (4 * 24**2 + 2 * 4 * 24) + 24**3 + 24**2
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():

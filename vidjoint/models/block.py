@@ -40,16 +40,19 @@ class Block(nnx.Module):
         return self.scale2(residual) if self.has_scales else residual
 
     def __call__(
-        self, x: jax.Array, key: jax.Array | None, grid: Grid | None = None, rate: float | jax.Array = 0.0
+        self, x: jax.Array, key: jax.Array | None, grid: Grid | None = None, rate: float | jax.Array = 0.0, first: int | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """float[B, T, N, D] -> the same, and the mixer's branch features; `key` drives stochastic depth at that rate, None turns it off.
 
-        `grid`: rows and columns of the patches of a frame; mixer `motion` cannot do without.
+        `grid`: rows and columns of the patches of a frame; mixer `motion` cannot do without. `first`: only so many tokens of each frame are wanted,
+        which a mixer must allow (`Mixer.apart`).
         """
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         drops = [functools.partial(drop_path, rate=rate, key=k) for k in keys]
         x = self.mixer.before_attention(x, drops[0], grid)
-        residual, q, k = self.mixer.attend(self.attn, self.norm1(x))
+        attention = self.attn if first is None else functools.partial(self.attn, queries=first)
+        residual, q, k = self.mixer.attend(attention, self.norm1(x))
+        x = x[:, :, :first]
         residual, branches = self.mixer.after_attention(self.attention_scale(residual), x, q, k)
         x = x + drops[1](residual)
         x = self.mixer.before_mlp(x, drops[0], grid)

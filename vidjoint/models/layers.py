@@ -4,6 +4,7 @@ Parameters are float32; `dtype` is the compute type. Softmax and layer statistic
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,13 @@ class Dense(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def one_product(first: Dense, second: Dense) -> Callable:
+    """x -> second(first(x)) but for second's bias, as one product: the kernels are multiplied before. Fewer operations for more rows than columns."""
+    exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    kernel, bias = (exact(value[...], second.kernel[...]) for value in (first.kernel, first.bias))
+    return lambda x: (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype) + bias.astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
 
 def layer_norm(width: int, eps: float, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -104,13 +112,36 @@ class Attention(nnx.Module):
         self.qkv = Dense(width, 3 * width, dtype=dtype, rngs=rngs)
         self.proj = Dense(width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """float[..., N, D] -> (output float[..., N, D], q and k float[..., N, H, D / H]); keys are used where `mask` bool[..., N] is True."""
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, *, queries: int | None = None, last: Callable | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """float[..., N, D] -> (output float[..., N, D], q and k float[..., N, H, D / H]).
+
+        Args:
+          mask: bool[..., N], True for keys that are used.
+          queries: only the first so many tokens ask, and output and q are theirs.
+          last: takes the place of the output's projection.
+        """
         *lead, tokens, width = x.shape
-        q, k, v = jnp.split(self.qkv(x).reshape(-1, tokens, 3 * self.heads, width // self.heads), 3, axis=2)
         mask = None if mask is None else jnp.broadcast_to(mask, x.shape[:-1]).reshape(-1, tokens)
-        out = dot_product_attention(q, k, v, mask).reshape(*lead, tokens, width)
-        return self.proj(out), q.reshape(*lead, *q.shape[1:]), k.reshape(*lead, *k.shape[1:])
+        x = x.reshape(-1, tokens, width)
+        if queries is None:
+            q, k, v = jnp.split(self.qkv(x).reshape(-1, tokens, 3 * self.heads, width // self.heads), 3, axis=2)
+        else:
+            q, k, v = self.asked(x[:, :queries], x)
+        out = dot_product_attention(q, k, v, mask).reshape(*lead, -1, width)
+        return (last or self.proj)(out), q.reshape(*lead, *q.shape[1:]), k.reshape(*lead, *k.shape[1:])
+
+    def asked(self, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q float[S, Q, H, D / H] of tokens float[S, Q, D], and k and v float[S, N, H, D / H] of others, float[S, N, D]."""
+        width, dtype = queries.shape[-1], queries.dtype
+        kernel, bias = self.qkv.kernel[...].astype(dtype), self.qkv.bias[...].astype(dtype)
+
+        def project(x, part):
+            y = x.reshape(-1, width) @ kernel[:, part] + bias[part]
+            return y.reshape(*x.shape[:2], -1, width // self.heads)
+
+        return project(queries, slice(width)), *jnp.split(project(keys, slice(width, None)), 2, axis=2)
 
 
 @jax.custom_vjp

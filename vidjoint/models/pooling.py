@@ -16,6 +16,8 @@ from vidjoint.models.spec import ViTSpec
 class ClassToken(nnx.Module):
     """Mean of the frames' class tokens (late fusion; IV-ViT eq. 5)."""
 
+    reads_first = True  # whether the first token of every frame is all that it reads
+
     def __init__(self, spec: ViTSpec, rngs: nnx.Rngs):
         self.prefix, self.width = spec.prefix, spec.width
 
@@ -27,6 +29,8 @@ class ClassToken(nnx.Module):
 class Average(ClassToken):
     """Mean of all patches of all frames."""
 
+    reads_first = False
+
     def __call__(self, x: jax.Array, norm: Callable, key: jax.Array | None) -> jax.Array:
         return norm(x[:, :, self.prefix :]).mean(axis=(1, 2))
 
@@ -34,12 +38,16 @@ class Average(ClassToken):
 class PatchMean(ClassToken):
     """Mean of all patches of all frames before the last norm (VideoMAE; timm's `fc_norm`)."""
 
+    reads_first = False
+
     def __call__(self, x: jax.Array, norm: Callable, key: jax.Array | None) -> jax.Array:
         return norm(x[:, :, self.prefix :].mean(axis=(1, 2)))
 
 
 class ClassAndAverage(ClassToken):
     """The class token and the mean of the patches side by side, both after the last norm, means over the frames: 2 D (DINOv2's linear classifier)."""
+
+    reads_first = False
 
     def __init__(self, spec: ViTSpec, rngs: nnx.Rngs):
         super().__init__(spec, rngs)
@@ -67,6 +75,8 @@ class LastFrame(ClassToken):
 class FirstToken(ClassToken):
     """The first token of the first frame, which without a class token is a patch: Hugging Face's VideoMAE without `use_mean_pooling`."""
 
+    reads_first = False  # joint attention may have no class token to ask for
+
     def __call__(self, x: jax.Array, norm: Callable, key: jax.Array | None) -> jax.Array:
         return norm(x[:, 0, 0])
 
@@ -76,6 +86,8 @@ class ClassAttention(nnx.Module):
 
     It enters here, without a position; class tokens of the frames, where there are any, are not used. Its blocks are never dropped (CaiT).
     """
+
+    reads_first = False
 
     def __init__(self, spec: ViTSpec, rngs: nnx.Rngs):
         self.prefix, self.width = spec.prefix, spec.width
@@ -119,6 +131,7 @@ class TemporalEncoder(nnx.Module):
     def __init__(self, spec: ViTSpec, rngs: nnx.Rngs):
         depth = spec.temporal_encoder.depth
         self.prefix, self.has_class_token, self.width = spec.prefix, spec.class_token, spec.width
+        self.reads_first = spec.class_token
         self.class_token = nnx.Param(table(rngs, spec.width))
         self.time = nnx.Param(table(rngs, spec.times, spec.width))
         self.blocks = nnx.List([Block(plain(spec, depth), i, rngs) for i in range(depth)])
@@ -138,14 +151,7 @@ class TemporalEncoder(nnx.Module):
 
 def cross_attention(attention: Attention, queries: jax.Array, keys: jax.Array) -> jax.Array:
     """float[B, Q, D] attends to float[B, N, D], projected by a self-attention's parameters; returns float[B, Q, D]."""
-    width, heads, dtype = queries.shape[-1], attention.heads, queries.dtype
-    kernels, biases = (jnp.split(p[...].astype(dtype), 3, axis=-1) for p in (attention.qkv.kernel, attention.qkv.bias))
-
-    def project(x, i):
-        return (x.reshape(-1, width) @ kernels[i] + biases[i]).reshape(x.shape[0], -1, heads, width // heads)
-
-    out = dot_product_attention(project(queries, 0), project(keys, 1), project(keys, 2))
-    return attention.proj(out.reshape(queries.shape))
+    return attention.proj(dot_product_attention(*attention.asked(queries, keys)).reshape(queries.shape))
 
 
 def plain(spec: ViTSpec, depth: int) -> ViTSpec:

@@ -36,10 +36,10 @@ class ViT(nnx.Module):
         branches = [width for block in self.blocks for width in block.mixer.branch_widths]
         self.heads = Heads((self.pool.width, *branches), classes, rngs)
 
-    def encode(self, pixels: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, list[jax.Array]]:
+    def encode(self, pixels: jax.Array, key: jax.Array | None = None, first: int | None = None) -> tuple[jax.Array, list[jax.Array]]:
         """uint8 or float[B, T, height, width, 3] in 0..255 -> tokens float[B, T, N, D] before the last norm, and the branch features of all blocks.
 
-        `key` turns stochastic depth on.
+        `key` turns stochastic depth on. `first`: of each frame only so many tokens are returned, and the last block computes no others.
         """
         x, branches = self.embed(pixels), []
         grid = pixels.shape[2] // self.spec.patch, pixels.shape[3] // self.spec.patch
@@ -48,16 +48,19 @@ class ViT(nnx.Module):
         rates = drop_rates(self.spec)
         run, remat = Block.__call__, {}
         if self.spec.remat != "none":
-            run = nnx.remat(run, static_argnums=(3, 4), policy=REMAT[self.spec.remat])
+            run = nnx.remat(run, static_argnums=(3, 4, 5), policy=REMAT[self.spec.remat])
             remat = {"remat": functools.partial(jax.checkpoint, policy=REMAT[self.spec.remat], prevent_cse=False)}
-        for numbers in runs(self.blocks, self.kinds) if self.spec.scan else [range(i, i + 1) for i in range(self.spec.depth)]:
-            first, *others = numbers
-            if others:
+        stretches = runs(self.blocks, self.kinds) if self.spec.scan else [range(i, i + 1) for i in range(self.spec.depth)]
+        if first is not None and len(stretches[-1]) > 1:  # the last block is unlike the others
+            stretches[-1:] = stretches[-1][:-1], stretches[-1][-1:]
+        for numbers in stretches:
+            if len(numbers) > 1:
                 each = [[values[i] for i in numbers] if drops else None for values in (keys, rates)]
                 x, more = loop(lambda block, x, key, rate: block(x, key, grid, rate), [self.blocks[i] for i in numbers], x, *each, **remat)
                 branches += itertools.chain(*more)
             else:
-                x, more = run(self.blocks[first], x, keys[first], grid, rates[first])
+                i = numbers[0]
+                x, more = run(self.blocks[i], x, keys[i], grid, rates[i], first if i == self.spec.depth - 1 else None)
                 branches += more
         return x, branches
 
@@ -67,7 +70,7 @@ class ViT(nnx.Module):
 
     def features(self, pixels: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """What the heads see: the pooled tokens and, after them, the branch features; float32[B, D + ...]."""
-        x, branches = self.encode(pixels, key)
+        x, branches = self.encode(pixels, key, 1 if self.pool.reads_first and self.blocks[-1].mixer.apart else None)
         key = None if key is None else jax.random.fold_in(key, self.spec.depth + 1)
         return jnp.concatenate([x.astype(jnp.float32) for x in (self.pool(x, self.norm, key), *branches)], axis=-1)
 

@@ -127,6 +127,8 @@ class AMFlow(Mixer):
     zero and a unit sees a sequence of one.
     """
 
+    apart = False
+
     def __init__(self, spec: ViTSpec, index: int, rngs: nnx.Rngs):
         super().__init__(spec, index, rngs)
         self.settings = spec.am_flow

@@ -20,6 +20,7 @@ class Mixer(nnx.Module):
     """
 
     time_table = False  # whether the patches get a learned embedding of their frame
+    apart = True  # whether tokens don't meet after the attention, so that a last block can leave out those that nobody reads
     branch_widths: tuple[int, ...] = ()  # widths of the feature vectors that this block gives to the heads besides the tokens
 
     def __init__(self, spec: ViTSpec, index: int, rngs: nnx.Rngs):

@@ -23,6 +23,7 @@ class Motion(TemporalBranch):
     def __init__(self, spec: ViTSpec, index: int, rngs: nnx.Rngs):
         super().__init__(spec, index, rngs, fc=spec.motion.temporal_fc)
         self.settings = spec.motion
+        self.apart = self.settings.order == "time_space" or not self.active
 
     def before_attention(self, x: jax.Array, drop: Drop, grid: Grid | None) -> jax.Array:
         return self.move(x, drop, grid) if self.settings.order == "time_space" else x

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from vidjoint.models.layers import XAVIER, ZEROS, Attention, Dense, layer_norm
+from vidjoint.models.layers import XAVIER, ZEROS, Attention, Dense, layer_norm, one_product
 from vidjoint.models.mixers.base import Drop, Grid, Mixer
 from vidjoint.models.spec import ViTSpec
 
@@ -56,7 +56,11 @@ class TemporalBranch(OneClassToken):
 
     def temporal_residual(self, x: jax.Array, drop: Drop, mask: jax.Array | None = None) -> jax.Array:
         """float[B, sequences, tokens, D] -> what to add to it; `mask` as for `Attention`."""
-        residual = drop(self.temporal_attn(self.temporal_norm(x), mask)[0])
+        x = self.temporal_norm(x)
+        if self.fc and x.shape[1] * x.shape[2] > x.shape[3]:  # of one clip, lest the batch decide: projection and dense layer in one
+            both = one_product(self.temporal_attn.proj, self.temporal_fc)
+            return drop(self.temporal_attn(x, mask, last=both)[0]) + self.temporal_fc.bias[...].astype(x.dtype)
+        residual = drop(self.temporal_attn(x, mask)[0])
         return self.temporal_fc(residual) if self.fc else residual
 
 
