@@ -59,8 +59,8 @@ class _Listener:
     def __init__(self, attention: Callable, calls: list, name: str):
         self._attention, self._calls, self._name = attention, calls, name
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None):
-        out, q, k = self._attention(x, mask)
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, **others):
+        out, q, k = self._attention(x, mask, **others)
         self._calls.append((self._name, q, k, mask))
         return out, q, k
 

@@ -103,8 +103,8 @@ def test_a_run_that_is_interrupted_again_and_again_ends_bit_equal(forking, folde
 def test_a_run_of_two_processes_too(forking, folder, full):
     """Whichever of the two is hit, both end, and both go on."""
     if not full:
-        pytest.skip("with --full: ten starts of a run; tests/test_processes.py has three")
-    count = 8
+        pytest.skip("with --full: 32 starts of a run; tests/test_processes.py has three")
+    count = 30
     steps = 40 * count
     machines = dict(processes=2, devices=1)
     expected = straight(forking, folder, steps, **machines)
