@@ -16,8 +16,8 @@ from vidjoint.data.mixture import Mixture
 from vidjoint.errors import UserError
 from vidjoint.metrics import write_whole
 
-IN_FLIGHT = 2  # steps that may wait on the device; more would only hold their batches in its memory
-IN_FLIGHT_ON_CPU = 0  # there each would also hold all that it computes with, and the host has no second processor to keep busy
+IN_FLIGHT = 2  # steps that the device may have at a time; more would only hold their batches in its memory
+IN_FLIGHT_ON_CPU = 1  # there each also holds all that it computes with
 FOLDER = "bad_step"  # in the run's folder; `vidjoint.replay` reads it
 
 
@@ -54,7 +54,7 @@ class Step:
 
 
 class BadSteps:
-    """Looks at each step when its values have come anyway (on CPUs at once, elsewhere two steps later), and counts skipped ones in a row."""
+    """Lets the device have so many steps at a time, looks at each when it has ended, and counts skipped ones in a row."""
 
     def __init__(self, most: int):
         """`most` is `config.max_skipped`: so many in a row are too many; 0: any number may be."""
@@ -67,20 +67,25 @@ class BadSteps:
         """Whether the device has nothing to do."""
         return not self._on_their_way or self._on_their_way[-1].values["skipped"].is_ready()
 
-    def add(self, step: Step) -> bool:
-        """Takes a step that was just started; waits for the one `IN_FLIGHT` before it. Returns whether too many in a row were skipped."""
+    def make_room(self) -> bool:
+        """Waits until one more step may be started. Returns whether too many in a row were skipped."""
+        return self.wait(self._in_flight - 1)
+
+    def add(self, step: Step) -> None:
+        """Takes a step that was just started."""
         step.values["skipped"].copy_to_host_async()
         self._on_their_way.append(step)
-        if len(self._on_their_way) > self._in_flight:
-            self._look(self._on_their_way.popleft())
-        return 0 < self._most <= self._row
 
-    def _look(self, step: Step) -> None:
-        if not step.values["skipped"]:
-            self._row, self._first = 0, None
-        else:
-            self._row += 1
-            self._first = self._first or step
+    def wait(self, left: int = 0) -> bool:
+        """Waits for all but so many of the steps that were started, and returns likewise."""
+        while len(self._on_their_way) > left:
+            step = self._on_their_way.popleft()
+            if not step.values["skipped"]:
+                self._row, self._first = 0, None
+            else:
+                self._row += 1
+                self._first = self._first or step
+        return 0 < self._most <= self._row
 
     def write(self, workdir: Path, state, mixture: Mixture, seed: int, newest: int | None) -> UserError:
         """Writes `workdir/bad_step` for `vidjoint.replay`, and returns the error to stop with. All processes call it.

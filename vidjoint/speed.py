@@ -197,6 +197,7 @@ def measure_data(setup: Setup, steps: Steps, count: int) -> dict:
             arrays = tuple(sharding.put_batch(batch, setup.mesh) for batch in batches)
             if i >= warm and in_flight.device_idle:
                 waited += time.perf_counter() - began
+            in_flight.make_room()
             state, values = steps.of(i)(state, arrays)
             in_flight.add(Step(i + 1, values, batches))
             if i >= warm and (i - warm) % max(1, count // 100) == 0:

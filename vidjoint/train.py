@@ -264,6 +264,11 @@ def run_steps(
         checkpoints.wait()
         raise Stopped(done)
 
+    def stop_over_bad_steps(done: int) -> None:
+        if events.steps:
+            events.take(done, float(setup.schedule(done - 1)))
+        raise bad_steps.write(workdir, state, setup.mixture, config.seed, checkpoints.latest())
+
     def score_of(done: int) -> float | None:
         """Evaluates with one view, and writes that down unless the last evaluation follows, with all views."""
         quick = evaluator.run(state.eval_params, (1, 1), reverse=False, give_up=stop.asked_anywhere)
@@ -284,19 +289,20 @@ def run_steps(
                 save_and_stop(done - 1)
             arrays = tuple(sharding.put_batch(batch, setup.mesh) for batch in batches)
             waited = time.perf_counter() - began if bad_steps.device_idle else 0.0
+            if bad_steps.make_room():  # only now, so that the next batch comes while the device is busy
+                stop_over_bad_steps(done - 1)
             state, values = setup.train_step(state, arrays)
             stop.when_saved(None)
-            too_many = bad_steps.add(Step(done, values, batches))
+            bad_steps.add(Step(done, values, batches))
             events.step(values, waited, setup.mixture.examples(done - 1))
-            if too_many:
-                events.take(done, float(setup.schedule(done - 1)))
-                raise bad_steps.write(workdir, state, setup.mixture, config.seed, checkpoints.latest())
 
             last, stops = done == setup.total_steps, stop.asked_anywhere()
             evaluates = config.eval_every and (due(done, config.eval_every) or last)
             saves = due(done, config.checkpoint_every) or evaluates or last or stops
             if due(done, config.log_every) or saves:
                 events.take(done, float(setup.schedule(done - 1)))
+                if bad_steps.wait():
+                    stop_over_bad_steps(done)
             score = None
             if evaluates and not stops:
                 try:
