@@ -77,19 +77,23 @@ def gmacs(variant, frames, size, mixer, classes, remat="none", pool="class_token
 
 
 @pytest.mark.parametrize(
-    "published, depth, arguments",
+    "published, depth, arguments, one_product",
     [
-        (17.56, 12, ("B/16", 1, 224, "none", 1000)),
-        (195.8, 12, ("B/16", 8, 224, "divided", 400)),  # TimeSformer
-        (179.6, 12, ("B/16", 8, 224, "joint", 400)),
-        (140.5, 12, ("B/16", 8, 224, "none", 400, "none", "frame_mean")),  # TimeSformer, space-only
-        (5872.7, 24, ("L/16", 16, 448, "divided", 400, "block")),  # CoVeR
+        (17.56, 12, ("B/16", 1, 224, "none", 1000), 0),
+        (195.8, 12, ("B/16", 8, 224, "divided", 400), 12 * (8 * 196 - 768) * 768**2),  # TimeSformer
+        (179.6, 12, ("B/16", 8, 224, "joint", 400), 0),
+        (140.5, 12, ("B/16", 8, 224, "none", 400), 0),  # TimeSformer, space-only
+        (5872.7, 24, ("L/16", 16, 448, "divided", 400, "block"), 24 * (16 * 784 - 1024) * 1024**2),  # CoVeR
     ],
 )
-def test_models_cost_what_is_published(published, depth, arguments):
-    """In G, within 2 %. All blocks cost the same, so two depths tell the whole."""
-    one, two = gmacs(*arguments, depth=1), gmacs(*arguments, depth=2)
-    assert one + (depth - 1) * (two - one) == pytest.approx(published, rel=0.02)
+def test_models_cost_what_is_published(published, depth, arguments, one_product):
+    """In G, within 2 %. All blocks cost the same, so two depths tell the whole.
+
+    Where a pool reads all patches: with class tokens alone the last block costs less. `one_product`: what is saved by making one product of the last
+    two of a temporal branch.
+    """
+    one, two = (gmacs(*arguments, pool="average", depth=depth) for depth in (1, 2))
+    assert one + (depth - 1) * (two - one) + one_product / 1e9 == pytest.approx(published, rel=0.02)
 
 
 def test_a_whole_model_is_the_sum_of_its_blocks():
