@@ -1,5 +1,6 @@
 """Errors that are the user's to mend, and how commands show them."""
 
+import argparse
 import functools
 import os
 import select
@@ -38,6 +39,13 @@ def reader_has_gone() -> bool:
     poll = select.poll()
     poll.register(STDOUT, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+class Paragraphs(argparse.HelpFormatter):
+    """Fills the texts of a command's help as wide as the terminal is, and leaves empty lines between their paragraphs."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(super(Paragraphs, self)._fill_text(part, width, indent) for part in text.strip().split("\n\n"))
 
 
 def command(main: Callable) -> Callable:

@@ -28,7 +28,7 @@ from vidjoint.data.tasks import clip_spec
 from vidjoint.data.workers import cores
 from vidjoint.drawing.annotated import Copies
 from vidjoint.drawing.timelines import Timelines
-from vidjoint.errors import UserError, command
+from vidjoint.errors import Paragraphs, UserError, command
 
 BOUNDS = {"decode-bound": "clips", "compute-bound": "model", "bound by drawing": "drawing"}  # what it is called where most time is spent so
 EPILOG = """
@@ -186,7 +186,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         usage="%(prog)s --workdir=DIR FILE... [--task=NAME] [--topk=K] [--window=S --stride=S] [--json=FILE] [--annotate=DIR] [--timeline=OUT]",
         description=__doc__.partition("\n")[0],
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Paragraphs,
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="images, videos, folders of them, patterns")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of a training run, or of imported or exported weights")

@@ -24,7 +24,7 @@ from vidjoint.data.tasks import clip_spec
 from vidjoint.data.transforms import Geometry, view_geometry
 from vidjoint.data.video import DecodeError, Video, read_image
 from vidjoint.drawing.maps import Layer, grid_png, moving, scaled, sheet_png, write_moving
-from vidjoint.errors import UserError, command
+from vidjoint.errors import Paragraphs, UserError, command
 from vidjoint.flow_maps import am_flow, flow_of_heads
 from vidjoint.rollout import rollout
 
@@ -40,13 +40,17 @@ TITLES = {
     "motion": "Attention of a patch",
 }
 EPILOG = """
-am_flow       a row for each block that computes attention-map flow: bright patches are those whose attention changes most up to the next frame
-am_flow_grid  figure 5 of the AM Flow paper: two frames (from --frame to the next), and for every block the flow of its heads between them, as the
-              colours of their first three principal components. For any model that attends within frames, to choose blocks for AM flow by
-attention     where the class token looks, in every block (mean over the heads; --block=N: each head of that block), or the mean of the patches where
-              the model pools patches. Divided and motion attention have a row for time, too: the attention that a place gets from the other frames
-rollout       attention rollout: how much each patch stands behind the result, through all blocks, in space and time, and the share of each frame
-motion        motion and other attention of one patch (--frame, --patch): its neighbours in space and time that it looks at, block by block
+am_flow: a row for each block that computes attention-map flow: bright patches are those whose attention changes most up to the next frame.
+
+am_flow_grid: figure 5 of the AM Flow paper: two frames (from --frame to the next), and for every block the flow of its heads between them, as the
+colours of their first three principal components. For any model that attends within frames, to choose blocks for AM flow by.
+
+attention: where the class token looks, in every block (mean over the heads; --block=N: each head of that block), or the mean of the patches where
+the model pools patches. Divided and motion attention have a row for time, too: the attention that a place gets from the other frames.
+
+rollout: attention rollout: how much each patch stands behind the result, through all blocks, in space and time, and the share of each frame.
+
+motion: motion and other attention of one patch (--frame, --patch): its neighbours in space and time that it looks at, block by block.
 
 A scale that is not given in the units of the quantity is in multiples of the even share: 1 is what each patch would get if all got the same.
 PNG shows the frames side by side; GIF and MP4 play the video under the maps (am_flow_grid: PNG only).
@@ -306,7 +310,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         usage="%(prog)s --workdir=DIR FILE --what=WHAT --out=FILE.png|.gif|.mp4 [--block=N] [--frame=T] [--patch=ROW,COLUMN]",
         description=__doc__.partition("\n")[0],
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Paragraphs,
     )
     parser.add_argument("file", metavar="FILE", help="video or image")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of a training run, or of imported or exported weights")
