@@ -18,10 +18,12 @@ from tests.data.listed import faults, opened
 from tests.data.test_video import HEIGHT, WHOLE, WIDTH, numbered, numbers, write
 from vidjoint import check_data, config, evaluate, pack, validate
 from vidjoint.data import packed, shards
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.encode import Encoding, encode_image, encode_video
 from vidjoint.data.examples import ClipSpec, training_clip
+from vidjoint.data.image import read_image
 from vidjoint.data.transforms import Geometry
-from vidjoint.data.video import DecodeError, Video, read_image
+from vidjoint.data.video import Video
 from vidjoint.errors import UserError
 
 tfds = pytest.importorskip("tensorflow_datasets")

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vidjoint.data import isolated
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.facts import facts_of, kind_of
 from vidjoint.data.files import EXTENSIONS, has_extension, is_outside, same_name
 from vidjoint.data.labels import empty_classes, labels_of, mirrored_classes, number_labels, one_label_per_row, read_labels
@@ -26,7 +27,6 @@ from vidjoint.data.lists import Rows, is_numeric, locate, read_list, split_label
 from vidjoint.data.packed import PackedRecords, is_packed, open_manifest, open_packed
 from vidjoint.data.records import ZipRecords
 from vidjoint.data.sources import list_folder
-from vidjoint.data.video import DecodeError
 from vidjoint.data.workers import cores
 from vidjoint.errors import UserError, command, printable
 

@@ -6,9 +6,9 @@ import time
 import numpy as np
 from tqdm import tqdm
 
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.examples import views
 from vidjoint.data.tasks import Task
-from vidjoint.data.video import DecodeError
 from vidjoint.page import Html, picture, strip, tag
 from vidjoint.predictions import Predictions
 

@@ -20,12 +20,14 @@ import numpy as np
 from tqdm import tqdm
 
 from vidjoint.config import task_config
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.encode import Encoding
 from vidjoint.data.files import some
+from vidjoint.data.image import describe_image
 from vidjoint.data.packed import FORMAT, MANIFEST, is_url, open_manifest, open_packed
 from vidjoint.data.shards import NAME, PARTS, UNFINISHED, Plan, in_order, make_features, read_part, write_atomically, write_split
 from vidjoint.data.sources import open_source
-from vidjoint.data.video import DecodeError, Video, describe_image
+from vidjoint.data.video import Video
 from vidjoint.errors import UserError, command, printable
 
 SHARD_SIZE = {"video": 512, "image": 8192}  # examples: some 100 to 300 MB

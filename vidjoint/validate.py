@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 
 from vidjoint import losses, optim, trackers
 from vidjoint.data import clips, sources
+from vidjoint.data.decode import INTERPOLATIONS
 from vidjoint.data.schedules import SCHEDULES
 from vidjoint.data.tasks import clip_spec
-from vidjoint.data.video import INTERPOLATIONS
 from vidjoint.errors import UserError
 from vidjoint.models.build import PRESETS
 from vidjoint.models.layers import GELUS

@@ -17,12 +17,14 @@ from vidjoint import sharding
 from vidjoint.attention_maps import Maps, Stage, looks, maps_of, neighbours
 from vidjoint.classifier import Answer, Classifier, parse_step
 from vidjoint.data.clips import view_times
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.examples import ClipSpec
 from vidjoint.data.files import has_extension
+from vidjoint.data.image import read_image
 from vidjoint.data.prediction import Window, decoded, whole_files
 from vidjoint.data.tasks import clip_spec
 from vidjoint.data.transforms import Geometry, view_geometry
-from vidjoint.data.video import DecodeError, Video, read_image
+from vidjoint.data.video import Video
 from vidjoint.drawing.maps import Layer, grid_png, moving, scaled, sheet_png, write_moving
 from vidjoint.errors import Paragraphs, UserError, command
 from vidjoint.flow_maps import am_flow, flow_of_heads

@@ -8,9 +8,11 @@ from PIL import Image
 
 from vidjoint.config import task_config
 from vidjoint.data import clips, examples, transforms
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.demo import write_video
 from vidjoint.data.examples import ClipSpec, training_clip, views
-from vidjoint.data.video import DecodeError, Video, read_image
+from vidjoint.data.image import read_image
+from vidjoint.data.video import Video
 
 SIZE = (16, 20)  # height, width
 

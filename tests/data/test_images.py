@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from vidjoint.config import task_config
+from vidjoint.data.image import read_image
 from vidjoint.data.transforms import train_geometry
-from vidjoint.data.video import read_image
 
 
 @functools.cache

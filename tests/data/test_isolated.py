@@ -17,9 +17,9 @@ import pytest
 from tests.data.sets import configure, mixed, same
 from tests.faults import hostile
 from vidjoint.data import examples, isolated
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.demo import write_video
 from vidjoint.data.isolated import Limits
-from vidjoint.data.video import DecodeError
 from vidjoint.errors import UserError
 
 LIMITS = Limits(seconds=30.0, memory=1 << 30)

@@ -26,9 +26,9 @@ from tests import tiny
 from tests.data.sets import NUMBER, SIZES, configure, mixed, same
 from vidjoint.config import base_config, task_config
 from vidjoint.data import mixture, schedules, workers
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.mixture import Mixture, evaluation_batches
 from vidjoint.data.tasks import open_tasks
-from vidjoint.data.video import DecodeError
 from vidjoint.errors import UserError
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from vidjoint.data import video
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.packets import MOST_AHEAD, PacketsAhead
 from vidjoint.data.transforms import Geometry
-from vidjoint.data.video import DecodeError, Video
+from vidjoint.data.video import Video
 
 SIZE = Geometry((48, 64), 0, 0, 48, 64)
 

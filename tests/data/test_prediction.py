@@ -14,10 +14,11 @@ from tests import tiny
 from vidjoint.config import task_config
 from vidjoint.data import prediction
 from vidjoint.data.clips import view_times
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.examples import ClipSpec, views
 from vidjoint.data.prediction import Piece, Row, Window, cut_windows, decoded, group, list_files
 from vidjoint.data.transforms import view_geometry
-from vidjoint.data.video import DecodeError, Video
+from vidjoint.data.video import Video
 from vidjoint.errors import UserError
 
 MAX_PIXELS = 10**6

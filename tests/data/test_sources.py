@@ -13,10 +13,10 @@ import pytest
 from tests.data.listed import faults, opened, pairs, touch, write
 from vidjoint.data import archives, sources
 from vidjoint.data.archives import list_archive, read_member
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.labels import read_labels
 from vidjoint.data.records import Names, Source
 from vidjoint.data.sources import KINDS
-from vidjoint.data.video import DecodeError
 
 SHARED = Path(os.environ.get("VIDJOINT_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from vidjoint.data.decode import DecodeError
+from vidjoint.data.image import read_image
 from vidjoint.data.transforms import Geometry
-from vidjoint.data.video import DecodeError, Video, read_image
+from vidjoint.data.video import Video
 
 SHARED = Path(os.environ.get("VIDJOINT_SHARED_DATA") or Path(__file__).parents[3] / "shared" / "data")
 NASTY = SHARED / "nasty_video"
@@ -407,7 +409,8 @@ READ_ALL = """
 import json, re, sys
 import numpy as np
 from vidjoint.data.transforms import Geometry
-from vidjoint.data.video import DecodeError, Video
+from vidjoint.data.decode import DecodeError
+from vidjoint.data.video import Video
 answers = {}
 for file in sys.argv[1:]:
     try:

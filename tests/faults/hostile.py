@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vidjoint.data import examples
-from vidjoint.data.video import DecodeError
+from vidjoint.data.decode import DecodeError
 
 HARM = {"4.mp4": "crash", "5.mp4": "hang", "7.mp4": "eat"}
 

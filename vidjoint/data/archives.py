@@ -8,8 +8,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.files import is_hidden
-from vidjoint.data.video import DecodeError
 from vidjoint.errors import UserError
 
 MOST_RATIO = 50  # how often its packed size a member may unpack to; pictures and videos hardly shrink at all

@@ -10,8 +10,10 @@ import av
 from av.video.frame import PictureType
 from PIL import Image
 
+from vidjoint.data.decode import MAX_PIXELS, DecodeError
+from vidjoint.data.image import describe_image, read_image
 from vidjoint.data.transforms import Geometry
-from vidjoint.data.video import MAX_PIXELS, DecodeError, Video, describe_image, read_image
+from vidjoint.data.video import Video
 
 FINEST_TICK = 1_000_000  # per second; finer time stamps than these are rounded
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")  # a small picture in one of these stays as it is, byte for byte

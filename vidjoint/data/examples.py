@@ -11,7 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vidjoint.data import clips, isolated, transforms
-from vidjoint.data.video import MAX_FRAMES, Video, VideoInfo, read_image
+from vidjoint.data.image import read_image
+from vidjoint.data.video import MAX_FRAMES, Video, VideoInfo
 
 
 @dataclass(frozen=True)

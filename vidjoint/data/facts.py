@@ -4,9 +4,11 @@ import contextlib
 import hashlib
 import io
 
+from vidjoint.data.decode import DecodeError, open_regular
 from vidjoint.data.files import has_extension
+from vidjoint.data.image import read_image
 from vidjoint.data.transforms import Geometry
-from vidjoint.data.video import DecodeError, Video, open_regular, read_image
+from vidjoint.data.video import Video
 
 SIDE = 8  # pixels; frames are decoded whole, then shrunk to this
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vidjoint.data.video import DecodeError, NoMemory
+from vidjoint.data.decode import DecodeError, NoMemory
 from vidjoint.errors import UserError
 
 START_SECONDS = 300  # for a child to import its modules, on a machine that is busy

@@ -14,11 +14,11 @@ from os.path import exists
 import numpy as np
 from ml_collections import ConfigDict
 
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.examples import views
 from vidjoint.data.records import FileRecords
 from vidjoint.data.schedules import SCHEDULES, Stream, steps_per_epoch
 from vidjoint.data.tasks import Task, union_size
-from vidjoint.data.video import DecodeError
 from vidjoint.data.workers import Decoder, decode_ahead, decode_threads
 from vidjoint.errors import UserError, printable
 

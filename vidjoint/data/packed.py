@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from vidjoint.data.archives import OpenArchive
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.records import Names
-from vidjoint.data.video import DecodeError
 from vidjoint.errors import UserError
 
 MANIFEST = "pack.json"

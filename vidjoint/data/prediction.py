@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.examples import ClipSpec, describe, view_parts
 from vidjoint.data.files import has_extension, is_media, walk
-from vidjoint.data.video import DecodeError, Video
+from vidjoint.data.video import Video
 from vidjoint.errors import UserError
 
 LARGE = 4096 * 2304  # pixels; files with larger pictures are decoded one at a time, for each can take a gigabyte

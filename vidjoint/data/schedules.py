@@ -16,9 +16,9 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.examples import training_clip
 from vidjoint.data.tasks import Task, union_size
-from vidjoint.data.video import DecodeError
 from vidjoint.errors import UserError
 
 MAX_SUBSTITUTES = 100  # files that are tried in place of an undecodable one before its row is masked

@@ -21,11 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from vidjoint.data import isolated
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.encode import Encoding, content_of, encode_image, encode_video
 from vidjoint.data.facts import facts_of
 from vidjoint.data.packed import end_of, find_records
 from vidjoint.data.records import Source
-from vidjoint.data.video import DecodeError
 
 NAME = "packed"  # of the TFDS data set
 PARTS = "parts"  # folder for what is known of each shard

@@ -1,16 +1,12 @@
-"""Video and image files to pixels: the frames shown at wanted times, upright, resized and cropped. Whatever is wrong with a file is a DecodeError.
+"""Video files to pixels: the frames shown at wanted times, upright, resized and cropped. Whatever is wrong with a file is a DecodeError.
 
 Decoding runs on the calling thread (PyAV releases the GIL, so callers parallelise over files) and holds one clip and at most two decoded frames.
 """
 
 import bisect
 import contextlib
-import io
 import math
-import os
-import stat
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,45 +16,16 @@ import av
 import numpy as np
 from av.stream import Discard, Disposition
 from av.video.reformatter import VideoReformatter
-from PIL import Image, UnidentifiedImageError
 
+from vidjoint.data.decode import MAX_PIXELS, DecodeError, NoMemory, copy, one_line_reasons, open_file, reason
 from vidjoint.data.packets import PacketsAhead
 from vidjoint.data.transforms import Geometry
 
-MAX_PIXELS = 8192 * 4352  # width x height; also bounds the memory of one decoder, at most some 16 such pictures
 MAX_FRAMES = 50_000  # decoded for one clip: half an hour of a video that has no keyframes to jump to
 MAX_RATE = 240  # frames per second; headers that claim more are checked against the packets
 
 # Containers whose index can be trusted to find keyframes -> the time stamp that their index holds. Every other format is decoded from its start.
 INDEX_STAMP = {"mov,mp4,m4a,3gp,3g2,mj2": "dts", "avi": "dts", "matroska,webm": "pts"}
-
-# What Image.open may recognise. Not on the list: formats that start other programs (EPS) or that hold no photographs.
-Image.init()
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` is the limit here, and what is above it is said in one line
-INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}  # of pictures; FFmpeg has them under the same names
-IMAGE_FORMATS = [name for name in ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000") if name in Image.OPEN]
-EXIF_ORIENTATION = 0x0112
-SIDEWAYS = (5, 6, 7, 8)  # orientations in which width and height change places
-UPRIGHT = {  # EXIF orientation -> what brings the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class DecodeError(Exception):
-    """A file that cannot be used; the message is one line that says what is wrong with it."""
-
-
-class NoMemory(DecodeError):
-    """It takes more memory than there is, or than a decoding process may have."""
-
-    def __init__(self, message: str = "decoding it takes more memory than allowed (data.decode_memory)"):
-        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -100,7 +67,7 @@ class Video:
         self._wanted = None  # the pts that read() was asked for, rising; None: all
         self._chooses = True  # pictures that are not wanted may be left out
         try:
-            with _one_line_reasons():
+            with one_line_reasons():
                 self._stream_index = self._choose_stream()
                 self.info = self._describe()
         except DecodeError:
@@ -140,10 +107,10 @@ class Video:
         if self._partial:  # for an earlier read
             self._current = None
         done, row = None, None
-        with _one_line_reasons():
+        with one_line_reasons():
             for i, pts in zip(order, self._wanted, strict=True):
                 self._move_to(pts)
-                _copy(clip[row] if self._current is done else self._picture(geometry, interpolation), clip[i])
+                copy(clip[row] if self._current is done else self._picture(geometry, interpolation), clip[i])
                 done, row = self._current, i
         return clip
 
@@ -172,7 +139,7 @@ class Video:
           DecodeError: a frame can't be decoded.
         """
         self._wanted = None
-        with _one_line_reasons():
+        with one_line_reasons():
             self._start(self._stream_index)
             ticks = 0
             while self._current is not None:
@@ -197,7 +164,7 @@ class Video:
         reasons = []
         for index in sorted((s.index for s in streams), key=lambda i: (best is None or i != best.index, i)):
             try:
-                with _one_line_reasons():
+                with one_line_reasons():
                     self._start(index)
                     return index
             except DecodeError as error:
@@ -307,7 +274,7 @@ class Video:
             except av.error.FFmpegError as error:
                 if last is not None:
                     raise
-                self._damage = self._damage or _reason(error)
+                self._damage = self._damage or reason(error)
                 continue
             for frame in frames:
                 self.decoded += 1
@@ -332,7 +299,7 @@ class Video:
         try:
             position = next(self._frames, None)
         except av.error.FFmpegError as error:
-            self._damage = _reason(error)
+            self._damage = reason(error)
             return None
         if position is not None:
             self._damage = ""
@@ -443,91 +410,19 @@ class Video:
         return picture
 
 
-def describe_image(file: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, bool, int, int]:
-    """Returns a picture's format (JPEG, PNG, ..), whether it stands upright as it is stored, and its upright width and height in pixels.
-
-    Raises:
-      DecodeError: it is no picture, or has more than `max_pixels` pixels.
-    """
-    with _open_image(file, max_pixels) as (image, orientation):
-        size = image.size[::-1] if orientation in SIDEWAYS else image.size
-        return image.format, orientation not in UPRIGHT, *size
-
-
-def read_image(
-    file: str | Path | bytes, choose: Callable[[int, int], Geometry], max_pixels: int = MAX_PIXELS, interpolation: str = "bilinear"
-) -> np.ndarray:
-    """Returns a picture as uint8[1, height, width, 3] RGB: upright by its EXIF orientation, resized and cropped in one, alpha dropped.
-
-    Args:
-      file: a local file, or one held in memory. Of an animation the first frame counts.
-      choose: gives the geometry for a picture of (height, width) pixels.
-      interpolation: how it is resized, one of INTERPOLATIONS.
-
-    Raises:
-      DecodeError: it is no picture, or damaged, or has more than `max_pixels` pixels (refused before decoding).
-    """
-    with _open_image(file, max_pixels) as (image, orientation):
-        sideways = orientation in SIDEWAYS
-        geometry = choose(*(image.size if sideways else image.size[::-1]))
-        height, width = geometry.resize
-        with _one_line_reasons():
-            image.draft("RGB", (height, width) if sideways else (width, height))  # JPEG: decode at 1/2, 1/4 or 1/8, not below what is wanted
-            if image.mode.startswith("I;16"):  # 16 bits a pixel: keep the upper ones, where convert() would clip
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            picture = image.convert("RGB")
-            if orientation in UPRIGHT:
-                picture = picture.transpose(UPRIGHT[orientation])
-            down, right = picture.height / height, picture.width / width  # pixels of the source per resized pixel
-            left, top = geometry.left * right, geometry.top * down
-            box = (left, top, min(left + geometry.width * right, picture.width), min(top + geometry.height * down, picture.height))  # min: rounding
-            pixels = np.asarray(picture.resize((geometry.width, geometry.height), INTERPOLATIONS[interpolation], box=box))
-    picture = np.empty((1, *pixels.shape), np.uint8)
-    _copy(pixels[:, ::-1] if geometry.flip else pixels, picture[0])
-    return picture
-
-
 # Files
 
 
 @contextlib.contextmanager
-def _open_image(file: str | Path | bytes, max_pixels: int) -> Iterator[tuple[Image.Image, int]]:
-    """A picture whose pixels have not been decoded yet, and its EXIF orientation."""
-    with contextlib.ExitStack() as opened:
-        with _one_line_reasons():
-            image = opened.enter_context(Image.open(opened.enter_context(_open_file(file)), formats=IMAGE_FORMATS))
-            if image.width * image.height > max_pixels:
-                raise DecodeError(f"its {image.width} x {image.height} pixels are more than the {max_pixels} allowed (data.max_pixels)")
-            orientation = 1
-            with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse the picture
-                orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-        yield image, orientation
-
-
-def _open_file(file: str | Path | bytes) -> io.IOBase:
-    """Opens a local file by its very name, so that no library sees a protocol, a pattern or an option in it."""
-    if isinstance(file, (bytes, bytearray, memoryview)):
-        return io.BytesIO(file)
-    return open_regular(file)
-
-
-def open_regular(file: str | Path) -> io.IOBase:
-    """Opens a file; raises DecodeError for a folder, or a pipe that would block, and OSError."""
-    if not stat.S_ISREG(os.stat(file).st_mode):
-        raise DecodeError("not a file")
-    return open(file, "rb", buffering=0)
-
-
-@contextlib.contextmanager
 def open_container(file: str | Path | bytes, max_pixels: int) -> Iterator[av.container.InputContainer]:
-    with _open_file(file) as opened:
+    with open_file(file) as opened:
         options = {**_codec_options(max_pixels), "protocol_whitelist": "none"}  # playlists may not open anything else
         try:
             container = av.open(opened, "r", buffer_size=1 << 16, options=options, metadata_errors="replace")
         except av.error.MemoryError:
             raise NoMemory from None
         except av.error.FFmpegError as error:
-            raise DecodeError(f"no video, or damaged at its head: {_reason(error)}") from None
+            raise DecodeError(f"no video, or damaged at its head: {reason(error)}") from None
         with container:
             yield container
 
@@ -547,35 +442,6 @@ def _scan(file: str | Path | bytes, max_pixels: int, index: int, first_pts: int)
                     end = max(end, packet.pts + (packet.duration or 0))
                 frames += packet.size > 0
         return float((end - first_pts) * stream.time_base), frames
-
-
-@contextlib.contextmanager
-def _one_line_reasons() -> Iterator[None]:
-    """Turns whatever a decoding library raises into a DecodeError. Broad on purpose: on hostile files, libraries raise almost anything."""
-    try:
-        yield
-    except DecodeError:
-        raise
-    except MemoryError:
-        raise NoMemory from None
-    except Exception as error:
-        raise DecodeError(_reason(error)) from None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "no picture, or of an unknown kind"
-    text = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
-    return text[0] if text else type(error).__name__
-
-
-def _copy(picture: np.ndarray, into: np.ndarray) -> None:
-    """Copies uint8[H, W, 3]; where pixels don't lie one after the other (mirrored, turned), NumPy is ten times as fast with one channel at a time."""
-    if picture.strides[1:] == (3, 1):
-        into[...] = picture
-    else:
-        for channel in range(3):
-            into[..., channel] = picture[..., channel]
 
 
 # Rotation. A display matrix (a, b, c, d) puts source pixel (x, y) at (a x + c y, b x + d y), x to the right, y down.

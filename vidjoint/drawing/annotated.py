@@ -5,8 +5,8 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.files import has_extension
-from vidjoint.data.video import DecodeError
 from vidjoint.drawing.labels import Line, Span, annotate_image, annotate_video
 from vidjoint.errors import UserError
 

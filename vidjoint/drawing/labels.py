@@ -13,9 +13,11 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vidjoint.data.decode import DecodeError
 from vidjoint.data.encode import Encoding, transcode
+from vidjoint.data.image import read_image
 from vidjoint.data.transforms import Geometry
-from vidjoint.data.video import DecodeError, Video, open_container, read_image
+from vidjoint.data.video import Video, open_container
 
 SHARE = 0.45  # of the picture's height that labels may cover
 LEAST = 120  # pixels; smaller pictures are enlarged by a whole number, so that there is room for letters

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vidjoint.data.video import DecodeError
+from vidjoint.data.decode import DecodeError
 from vidjoint.drawing.timeline import csv_row, header, timeline_png, write_csv
 from vidjoint.errors import UserError
 
