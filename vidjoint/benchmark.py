@@ -1,6 +1,6 @@
 """Measures an experiment on this machine: its model, its training step, its input pipeline.
 
-python -m vidjoint.benchmark --config=configs/demo.py [--what=model,memory,compile,step,data,decode] [--steps=N] [--gops=N,N] [--json=FILE]
+python -m vidjoint.benchmark --config=configs/demo.py [--what=model,memory,compile,step,data,decode,peer] [--steps=N] [--json=FILE]
 python -m vidjoint.benchmark --config=configs/cover_jft.py:high_res --topology=v5e:16x16     compiles the training step for TPUs, without one
 """
 
@@ -22,6 +22,7 @@ from vidjoint import cpu, speed, topology, validate
 from vidjoint.decode_speed import measure_decode
 from vidjoint.errors import UserError, command
 from vidjoint.evaluate import check_writable, write_json
+from vidjoint.peer_speed import measure_peer
 from vidjoint.sharding import memory_errors
 from vidjoint.train import MEMORY_ADVICE, prepare
 from vidjoint.weights.pretrained import adopt, open_weights
@@ -33,6 +34,7 @@ PARTS = {
     "step": "the training step and the forward pass, on batches that are on the device",
     "data": "the input pipeline alone, and how much of a training run waits for it",
     "decode": "clips/s of this package, and of decord and torchcodec where they are installed, on files of the experiment",
+    "peer": "the training step and the forward pass against Hugging Face's TimeSformer in PyTorch, on CPUs; needs no data",
 }
 DEFAULT = "model,step,data"
 TEXTS = {  # the figures for people: what they are, and how they are written
@@ -61,6 +63,14 @@ TEXTS = {  # the figures for people: what they are, and how they are written
     "host_bytes_end": ("over the last 10 %", "{}"),
     "task": ("files of the task", "{}"),
     "files": ("how many", "{}"),
+    "peer": ("against TimeSformer of", "{}"),
+    "peer_params": ("its parameters", "{:,}"),
+    "train_s": ("a training step here, s", "{:.3f}"),
+    "peer_train_s": ("there, s", "{:.3f}"),
+    "train_ratio": ("times as fast here, median of the rounds", "{:.2f}"),
+    "forward_s": ("a forward pass here, s", "{:.3f}"),
+    "peer_forward_s": ("there, s", "{:.3f}"),
+    "forward_ratio": ("times as fast here, median of the rounds", "{:.2f}"),
 }
 TOPOLOGY = "v4, v5e, v5p or v6e, and a size as in v5e:16x16: compile the training step for these TPUs, without one and without data (extra tpu)"
 READERS = ("vidjoint", "decord", "torchcodec_exact", "torchcodec_approximate")
@@ -125,6 +135,7 @@ def main(argv: list[str]) -> int:
         "step": lambda: steps().measure_step(),
         "data": lambda: speed.measure_data(setup, steps(), args.steps),
         "decode": lambda: measure_decode(config, tuple(map(int, gops))),
+        "peer": lambda: measure_peer(config),
     }
     chosen = [part for part in PARTS if part in parts]
     with memory_errors(MEMORY_ADVICE), tqdm(total=len(chosen), disable=None, leave=False, bar_format="measuring {desc} ({n} of {total} done)") as bar:

@@ -1,0 +1,48 @@
+"""`benchmark --what=peer`: the same model on both sides, ratios of times that were measured, and what it says where it can't compare."""
+
+import importlib.util
+import json
+
+import pytest
+
+from vidjoint import benchmark, peer_speed
+from vidjoint.config import base_config
+from vidjoint.errors import UserError
+
+SIZES = ["variant=Ti/8", "width=24", "depth=2", "heads=3", "mlp_dim=48", "frames=2", "image_size=16", "dtype=float32"]
+ARGUMENTS = ["--config=configs/timesformer_k400.py", "--what=peer", "--config.init_from=", "--config.batch_size=8"]
+ARGUMENTS += [f"--config.model.{size}" for size in SIZES]
+
+
+def test_times_both_sides(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torch", reason="the peer is PyTorch's")
+    pytest.importorskip("transformers", reason="the peer is Hugging Face's")
+    monkeypatch.setattr(peer_speed, "ROUNDS", 3)
+    assert benchmark.main([*ARGUMENTS, f"--json={tmp_path}/peer.json"]) == 0
+    figures = json.loads((tmp_path / "peer.json").read_text())["peer"]
+    assert figures["params"] == figures["peer_params"] > 10_000  # the same model
+    assert figures["peer"].startswith("transformers ")
+    for kind in ("train", "forward"):
+        assert figures[f"{kind}_s"] > 0 and figures[f"peer_{kind}_s"] > 0
+        assert figures[f"{kind}_ratio"] == pytest.approx(figures[f"peer_{kind}_s"] / figures[f"{kind}_s"], rel=3)
+    out = capsys.readouterr().out
+    assert f"{figures['train_ratio']:.2f}" in out and "against TimeSformer of" in out
+
+
+def test_says_what_it_needs(monkeypatch):
+    config = base_config()
+    config.model.update(mixer="token_shift", dtype="float32")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        peer_speed.measure_peer(config)
+    missing, model = caught.value.lines
+    assert missing.endswith("torch and transformers can't be imported: pip install 'vidjoint[parity]'") and "model.mixer=divided" in model
+
+
+def test_a_peer_that_fails_is_a_line(monkeypatch):
+    monkeypatch.setattr(peer_speed, "_check", lambda config: None)
+    monkeypatch.setattr(peer_speed.sys, "executable", "false")
+    config = base_config()
+    config.model.update(mixer="divided", dtype="float32")
+    with pytest.raises(UserError, match="PyTorch's side ended: without a word"), peer_speed._peer(config):
+        pass
