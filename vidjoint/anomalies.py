@@ -4,6 +4,7 @@ import collections
 import json
 import math
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,11 +62,18 @@ class BadSteps:
         self._most, self._on_their_way = most, collections.deque()
         self._in_flight = IN_FLIGHT_ON_CPU if jax.default_backend() == "cpu" else IN_FLIGHT
         self._row, self._first = 0, None
+        self._busy = 0.0  # when the device was last seen at work
 
     @property
     def device_idle(self) -> bool:
         """Whether the device has nothing to do."""
         return not self._on_their_way or self._on_their_way[-1].values["skipped"].is_ready()
+
+    def idle_for(self) -> float:
+        """Seconds that the device has had nothing to do, at most: since it was last seen at work, by this or when a step was added."""
+        now = time.perf_counter()
+        self._busy = self._busy if self.device_idle else now
+        return now - self._busy
 
     def make_room(self) -> bool:
         """Waits until one more step may be started. Returns whether too many in a row were skipped."""
@@ -75,6 +83,7 @@ class BadSteps:
         """Takes a step that was just started."""
         step.values["skipped"].copy_to_host_async()
         self._on_their_way.append(step)
+        self._busy = time.perf_counter()
 
     def wait(self, left: int = 0) -> bool:
         """Waits for all but so many of the steps that were started, and returns likewise."""

@@ -194,9 +194,10 @@ def measure_data(setup: Setup, steps: Steps, count: int) -> dict:
                 started, waited = time.perf_counter(), 0.0
             began = time.perf_counter()
             batches = next(tuples)
+            in_flight.idle_for()  # looks
             arrays = tuple(sharding.put_batch(batch, setup.mesh) for batch in batches)
-            if i >= warm and in_flight.device_idle:
-                waited += time.perf_counter() - began
+            if i >= warm:
+                waited += min(in_flight.idle_for(), time.perf_counter() - began)
             in_flight.make_room()
             state, values = steps.of(i)(state, arrays)
             in_flight.add(Step(i + 1, values, batches))

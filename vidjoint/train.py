@@ -287,8 +287,9 @@ def run_steps(
                     batches = next(tuples)
             except Waiting:
                 save_and_stop(done - 1)
+            bad_steps.idle_for()  # looks
             arrays = tuple(sharding.put_batch(batch, setup.mesh) for batch in batches)
-            waited = time.perf_counter() - began if bad_steps.device_idle else 0.0
+            waited = min(bad_steps.idle_for(), time.perf_counter() - began)
             if bad_steps.make_room():  # only now, so that the next batch comes while the device is busy
                 stop_over_bad_steps(done - 1)
             state, values = setup.train_step(state, arrays)

@@ -1,6 +1,7 @@
 """Losses and gradients that are not finite: skipped, counted, and after too many in a row written out for `vidjoint.replay`; losses that jump."""
 
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -72,6 +73,26 @@ def test_only_so_many_in_a_row_are_too_many(skipped, most, stops):
     for step in steps(skipped[:stops]):
         again.add(step)
     assert again.wait() == bool(stops)
+
+
+def test_idle_time_counts_from_when_the_device_was_last_seen_at_work():
+    class Answer:
+        ready = False
+
+        def is_ready(self) -> bool:
+            return self.ready
+
+        def copy_to_host_async(self) -> None:
+            pass
+
+    bad, answer = BadSteps(0), Answer()
+    bad.add(Step(1, {"skipped": answer}, ()))
+    time.sleep(0.03)
+    assert not bad.device_idle and bad.idle_for() == 0
+    seen = time.perf_counter()
+    answer.ready = True
+    time.sleep(0.03)
+    assert 0.03 <= bad.idle_for() <= time.perf_counter() - seen + 0.001
 
 
 @pytest.fixture(scope="module")
