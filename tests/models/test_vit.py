@@ -174,11 +174,11 @@ def test_the_last_block_leaves_out_what_the_pool_does_not_read(mixer, pool):
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient(features), gradient(of_all_tokens))
     tokens, frames, clips, width, hidden = 12, 4, 2, 24, 48
-    left_out = (tokens - 1) * (2 * width**2 + 2 * width * hidden)  # q, projection and MLP of a frame
+    left_out = (tokens - 1) * (width**2 + 2 * width * hidden)  # projection and MLP of a frame
     keys, askers = (tokens, tokens - 1) if mixer != "joint" else (3 + 9 * frames, 3 + 9 * frames - 1)
     left_out = clips * (frames * left_out + 2 * width * keys * askers * (frames if mixer != "joint" else 1))
     if mixer == "joint":  # its sequence has class token and registers once
-        left_out = clips * (askers * 2 * width**2 + 2 * width * keys * askers + frames * (tokens - 1) * 2 * width * hidden)
+        left_out = clips * (askers * width**2 + 2 * width * keys * askers + frames * (tokens - 1) * 2 * width * hidden)
     assert counted(of_all_tokens) - counted(features) == (0 if mixer == "am_flow" else left_out)
 
 

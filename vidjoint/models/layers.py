@@ -124,24 +124,10 @@ class Attention(nnx.Module):
         """
         *lead, tokens, width = x.shape
         mask = None if mask is None else jnp.broadcast_to(mask, x.shape[:-1]).reshape(-1, tokens)
-        x = x.reshape(-1, tokens, width)
-        if queries is None:
-            q, k, v = jnp.split(self.qkv(x).reshape(-1, tokens, 3 * self.heads, width // self.heads), 3, axis=2)
-        else:
-            q, k, v = self.asked(x[:, :queries], x)
+        q, k, v = jnp.split(self.qkv(x).reshape(-1, tokens, 3 * self.heads, width // self.heads), 3, axis=2)
+        q = q[:, :queries]  # cut out after the product: a cut through kernels that are split over devices would gather them
         out = dot_product_attention(q, k, v, mask).reshape(*lead, -1, width)
         return (last or self.proj)(out), q.reshape(*lead, *q.shape[1:]), k.reshape(*lead, *k.shape[1:])
-
-    def asked(self, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q float[S, Q, H, D / H] of tokens float[S, Q, D], and k and v float[S, N, H, D / H] of others, float[S, N, D]."""
-        width, dtype = queries.shape[-1], queries.dtype
-        kernel, bias = self.qkv.kernel[...].astype(dtype), self.qkv.bias[...].astype(dtype)
-
-        def project(x, part):
-            y = x.reshape(-1, width) @ kernel[:, part] + bias[part]
-            return y.reshape(*x.shape[:2], -1, width // self.heads)
-
-        return project(queries, slice(width)), *jnp.split(project(keys, slice(width, None)), 2, axis=2)
 
 
 @jax.custom_vjp

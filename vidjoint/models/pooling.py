@@ -151,7 +151,14 @@ class TemporalEncoder(nnx.Module):
 
 def cross_attention(attention: Attention, queries: jax.Array, keys: jax.Array) -> jax.Array:
     """float[B, Q, D] attends to float[B, N, D], projected by a self-attention's parameters; returns float[B, Q, D]."""
-    return attention.proj(dot_product_attention(*attention.asked(queries, keys)).reshape(queries.shape))
+    width, heads, dtype = queries.shape[-1], attention.heads, queries.dtype
+    kernels, biases = (jnp.split(p[...].astype(dtype), 3, axis=-1) for p in (attention.qkv.kernel, attention.qkv.bias))
+
+    def project(x, i):
+        return (x.reshape(-1, width) @ kernels[i] + biases[i]).reshape(x.shape[0], -1, heads, width // heads)
+
+    out = dot_product_attention(project(queries, 0), project(keys, 1), project(keys, 2))
+    return attention.proj(out.reshape(queries.shape))
 
 
 def plain(spec: ViTSpec, depth: int) -> ViTSpec:
