@@ -71,6 +71,7 @@ def _ours(config: ConfigDict) -> tuple[dict[str, Callable[[], float]], int]:
     config.task_order, config.accumulate = (), 1
     config.optim.update(name="sgd", momentum=0.9, weight_decay=0.0, clip_norm=0.0, ema=0.0, freeze=(), per_task="shared")
     config.loss.update(mixup=0.0, cutmix=0.0)
+    config.model.update(drop_path=0.0, dropout=0.0)
     model, mesh = build(config.model, {"clips": CLASSES}), sharding.make_mesh(config.mesh)
     optimizer = optim.make_optimizer(config.optim, lambda _: 5e-3)
     _, initial, update = sharded_step(config, model, optimizer, mesh)
