@@ -1,9 +1,12 @@
 """Steps that go wrong: losses that jump, and losses or gradients that are not finite. These are skipped (`step.py`), counted, at last written out."""
 
 import collections
+import contextlib
 import json
 import math
+import queue
 import shutil
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,26 +57,59 @@ class Step:
     batches: tuple[dict, ...]  # of this process, on the host
 
 
+class DeviceClock:
+    """Tells for how long the device has had nothing to do: a thread waits for each step and keeps the time at which it ended.
+
+    The thread needs the interpreter for that, so the time may be late by a few ms, never early.
+    """
+
+    PATIENCE = 10  # seconds
+
+    def __init__(self):
+        self._started = self._ended = 0  # steps
+        self._end = -math.inf  # of the newest of those
+        self._steps: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._wait, name="device-clock", daemon=True)
+        self._thread.start()
+
+    def add(self, result: jax.Array) -> None:
+        """Takes a result of a step that was just started."""
+        self._started += 1
+        self._steps.put(result)
+
+    def idle_for(self) -> float:
+        """Seconds since the newest step has ended: 0 while it runs, infinite before the first."""
+        return time.perf_counter() - self._end if self._ended == self._started else 0.0
+
+    def close(self) -> None:
+        """Ends the thread, after the newest step: Python must not go while it waits for one. A step that hangs is not waited for."""
+        self._steps.put(None)
+        self._thread.join(self.PATIENCE)
+
+    def _wait(self) -> None:
+        while (result := self._steps.get()) is not None:
+            with contextlib.suppress(Exception):  # whoever reads the result gets it
+                result.block_until_ready()
+            self._end = time.perf_counter()
+            self._ended += 1
+
+
 class BadSteps:
-    """Lets the device have so many steps at a time, looks at each when it has ended, and counts skipped ones in a row."""
+    """Lets the device have so many steps at a time, looks at each when it has ended, and counts skipped ones in a row. To be closed."""
 
     def __init__(self, most: int):
         """`most` is `config.max_skipped`: so many in a row are too many; 0: any number may be."""
         self._most, self._on_their_way = most, collections.deque()
         self._in_flight = IN_FLIGHT_ON_CPU if jax.default_backend() == "cpu" else IN_FLIGHT
         self._row, self._first = 0, None
-        self._busy = 0.0  # when the device was last seen at work
-
-    @property
-    def device_idle(self) -> bool:
-        """Whether the device has nothing to do."""
-        return not self._on_their_way or self._on_their_way[-1].values["skipped"].is_ready()
+        self._clock = DeviceClock()
 
     def idle_for(self) -> float:
-        """Seconds that the device has had nothing to do, at most: since it was last seen at work, by this or when a step was added."""
-        now = time.perf_counter()
-        self._busy = self._busy if self.device_idle else now
-        return now - self._busy
+        """Seconds that the device has had nothing to do."""
+        return self._clock.idle_for()
+
+    def close(self) -> None:
+        self._clock.close()
 
     def make_room(self) -> bool:
         """Waits until one more step may be started. Returns whether too many in a row were skipped."""
@@ -83,7 +119,7 @@ class BadSteps:
         """Takes a step that was just started."""
         step.values["skipped"].copy_to_host_async()
         self._on_their_way.append(step)
-        self._busy = time.perf_counter()
+        self._clock.add(step.values["skipped"])
 
     def wait(self, left: int = 0) -> bool:
         """Waits for all but so many of the steps that were started, and returns likewise."""

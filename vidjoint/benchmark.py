@@ -57,7 +57,7 @@ TEXTS = {  # the figures for people: what they are, and how they are written
     "peak_bytes_from": ("as told by", "{}"),
     "pipeline_clips_per_s": ("decoding alone, clips and images per second", "{:,.1f}"),
     "run_clips_per_s": ("training with decoding beside it", "{:,.1f}"),
-    "wait_share": ("share of training that waits for data, at most", "{:.1%}"),
+    "wait_share": ("share of training that waits for data", "{:.1%}"),
     "training_steps": ("measured over so many steps", "{:,}"),
     "host_bytes_begin": ("memory of the host from 10 to 20 % of them, bytes", "{}"),
     "host_bytes_end": ("over the last 10 %", "{}"),

@@ -185,16 +185,15 @@ def measure_data(setup: Setup, steps: Steps, count: int) -> dict:
                 next(tuples)
             rates.append(sum(mixture.examples(start + i) for i in range(4)) / (time.perf_counter() - began))
 
-    state, in_flight, memory, warm = initial_state(setup), BadSteps(0), [], 5
+    state, memory, warm = initial_state(setup), [], 5
     progress = tqdm(total=warm + count, desc="training", unit="step", delay=2, disable=None, leave=False)
-    with contextlib.closing(mixture.iterate(0)) as tuples, progress:
+    with contextlib.closing(BadSteps(0)) as in_flight, contextlib.closing(mixture.iterate(0)) as tuples, progress:
         for i in range(warm + count):
             if i == warm:
                 jax.block_until_ready(state)
                 started, waited = time.perf_counter(), 0.0
             began = time.perf_counter()
             batches = next(tuples)
-            in_flight.idle_for()  # looks
             arrays = tuple(sharding.put_batch(batch, setup.mesh) for batch in batches)
             if i >= warm:
                 waited += min(in_flight.idle_for(), time.perf_counter() - began)

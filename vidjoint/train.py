@@ -276,7 +276,7 @@ def run_steps(
             events.write(done, evaluate.as_events(quick))
         return evaluate.mean_score(quick)
 
-    with contextlib.closing(setup.mixture.iterate(start)) as tuples:
+    with contextlib.closing(bad_steps), contextlib.closing(setup.mixture.iterate(start)) as tuples:
         if 0 < start < setup.total_steps and due(start, config.eval_every) and not checkpoints.has_metric(start):  # a signal came in between
             with contextlib.suppress(evaluate.Abandoned):
                 score_of(start)
@@ -287,7 +287,6 @@ def run_steps(
                     batches = next(tuples)
             except Waiting:
                 save_and_stop(done - 1)
-            bad_steps.idle_for()  # looks
             arrays = tuple(sharding.put_batch(batch, setup.mesh) for batch in batches)
             waited = min(bad_steps.idle_for(), time.perf_counter() - began)
             if bad_steps.make_room():  # only now, so that the next batch comes while the device is busy

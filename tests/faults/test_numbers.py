@@ -1,6 +1,9 @@
 """Losses and gradients that are not finite: skipped, counted, and after too many in a row written out for `vidjoint.replay`; losses that jump."""
 
+import contextlib
 import json
+import math
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 from tests import tiny
 from tests.faults import runs
 from vidjoint import replay
-from vidjoint.anomalies import IN_FLIGHT_ON_CPU, BadSteps, Spikes, Step
+from vidjoint.anomalies import IN_FLIGHT_ON_CPU, BadSteps, DeviceClock, Spikes, Step
 from vidjoint.checkpoints import load_params
 from vidjoint.data.mixture import Mixture
 from vidjoint.errors import UserError
@@ -62,37 +65,54 @@ def steps(skipped: str) -> list[Step]:
 )
 def test_only_so_many_in_a_row_are_too_many(skipped, most, stops):
     """Which is noticed before the next step starts, on CPUs, or when all are waited for."""
-    bad = BadSteps(most)
-    for step in steps(skipped):
-        if bad.make_room():
-            break
-        bad.add(step)
+    with contextlib.closing(BadSteps(most)) as bad:
+        for step in steps(skipped):
+            if bad.make_room():
+                break
+            bad.add(step)
     assert (step.number if stops else None) == (stops and stops + IN_FLIGHT_ON_CPU)
-    assert bad.device_idle
-    again = BadSteps(most)
-    for step in steps(skipped[:stops]):
-        again.add(step)
-    assert again.wait() == bool(stops)
+    with contextlib.closing(BadSteps(most)) as bad:
+        for step in steps(skipped[:stops]):
+            bad.add(step)
+        assert bad.wait() == bool(stops)
 
 
-def test_idle_time_counts_from_when_the_device_was_last_seen_at_work():
+def test_the_device_is_idle_from_the_end_of_its_newest_step():
     class Answer:
-        ready = False
+        """The result of a step that ends when it is told to."""
 
-        def is_ready(self) -> bool:
-            return self.ready
+        def __init__(self, error=None):
+            self._event, self._error = threading.Event(), error
 
-        def copy_to_host_async(self) -> None:
-            pass
+        def end(self) -> None:
+            self._event.set()
 
-    bad, answer = BadSteps(0), Answer()
-    bad.add(Step(1, {"skipped": answer}, ()))
-    time.sleep(0.03)
-    assert not bad.device_idle and bad.idle_for() == 0
-    seen = time.perf_counter()
-    answer.ready = True
-    time.sleep(0.03)
-    assert 0.03 <= bad.idle_for() <= time.perf_counter() - seen + 0.001
+        def block_until_ready(self) -> None:
+            self._event.wait()
+            if self._error:
+                raise self._error
+
+    with contextlib.closing(DeviceClock()) as clock:
+        assert clock.idle_for() == math.inf
+        answers = [Answer(), Answer(ValueError("the step failed"))]
+        for answer in answers:
+            clock.add(answer)
+        time.sleep(0.02)
+        assert clock.idle_for() == 0
+        answers[0].end()
+        time.sleep(0.02)
+        assert clock.idle_for() == 0  # the second runs
+        before = time.perf_counter()
+        answers[1].end()
+        while not clock.idle_for():
+            time.sleep(0.001)
+        assert clock.idle_for() <= time.perf_counter() - before
+        time.sleep(0.03)
+        assert 0.03 <= clock.idle_for() <= time.perf_counter() - before
+        clock.add(Answer())
+        assert clock.idle_for() == 0
+        clock.PATIENCE = 0.05  # it hangs
+    assert clock._thread.is_alive()
 
 
 @pytest.fixture(scope="module")
