@@ -57,7 +57,7 @@ MISTAKES = {
     "seed=18446744073709551616 must be a finite number": dict(seed=2**64),
     "total_steps=-3 must be at least 0": dict(total_steps=-3, total_epochs=2.0, optim__warmup_steps=5),
     "total_steps=2000000000 is more than 1000000000": dict(total_steps=2 * 10**9),
-    "data.isolate='no' is unknown: choose one of video, all, none": dict(data__isolate="no"),
+    "data.isolate='no' is unknown: choose one of all, video, none": dict(data__isolate="no"),
     "data.decode_seconds=0.0 must be above 0": dict(data__decode_seconds=0.0),
     "data.prefetch=20000 is more than 10000": dict(data__prefetch=20_000),
     "a model of width 192 and depth 2000 has 9e+08 parameters": dict(model__depth=2000),

@@ -58,13 +58,14 @@ def base_config() -> ConfigDict:
     c.tasks = ConfigDict()  # name -> task_config(...)
 
     c.data = ConfigDict()
-    c.data.threads = 0  # decoding threads of this process; 0: one per core, or 3 for 2 cores where they wait for processes (isolate)
-    c.data.workers = 0  # decoding processes; 0: threads of this process (PyAV releases the GIL, so threads are enough)
+    c.data.threads = 0  # decoding threads of this process; 0: 3 for 2 cores, as they wait for child processes, or one per core with isolate=none
+    c.data.workers = 0  # worker processes that make whole batches; 0: this process does, whose threads have child processes that decode (isolate)
     c.data.prefetch = 4  # steps whose batches are decoded ahead (each worker process: at least four)
     c.data.max_bad_share = 0.1  # share of one training set's files that may fail to decode before the run stops with their list
     # Which files child processes decode, one per decoding thread: one that hangs, crashes the decoder or eats memory then costs an example and not
-    # the run. video, all (pictures too), or none: the threads themselves, without limits of time and memory. Cost: docs/reliability.md
-    c.data.isolate = "video"
+    # the run; and their decoding doesn't hold up the training loop's Python. all, video (pictures in the threads themselves), or none: without limits
+    # of time and memory. Cost: docs/reliability.md
+    c.data.isolate = "all"
     c.data.decode_seconds = 30.0  # isolate: time that one clip may take; above it, its file counts as one that can't be decoded
     c.data.decode_memory = 4096  # isolate: MiB of address space that a decoding process may take
     c.data.max_pixels = 8192 * 4352  # width x height above which a file is refused: bounds the memory of one decoder

@@ -21,7 +21,7 @@ from vidjoint.models.vit import REMAT
 
 CHOICES = {
     "schedule": SCHEDULES,
-    "data.isolate": ("video", "all", "none"),
+    "data.isolate": ("all", "video", "none"),
     "model.mixer": MIXERS,
     "model.pool": POOLS,
     "model.dtype": ("bfloat16", "float32"),
