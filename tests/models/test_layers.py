@@ -72,6 +72,31 @@ def test_attention_in_bfloat16_stays_near_float32():
         assert np.abs(np.asarray(a) - np.asarray(b, np.float32)).max() < 0.03 * np.abs(a).max()
 
 
+def test_product_and_its_gradients():
+    rng = np.random.default_rng(0)
+    x, kernel, grad = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 4), (4, 5), (2, 3, 5)))
+    out, gradients = jax.vjp(layers.product, x, kernel)
+    np.testing.assert_allclose(out, x @ kernel, atol=1e-5)
+    to_x, to_kernel = gradients(grad)
+    np.testing.assert_allclose(to_x, grad @ kernel.T, atol=1e-5)
+    np.testing.assert_allclose(to_kernel, sum(np.outer(a, b) for a, b in zip(x.reshape(-1, 4), grad.reshape(-1, 5), strict=True)), atol=1e-5)
+    rounded = layers.product(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16))
+    assert rounded.dtype == jnp.bfloat16
+
+
+def test_products_make_no_gradient_that_nobody_asks_for_and_none_in_another_order():
+    x, kernel = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
+
+    def loss(x, kernel):
+        return layers.product(x, kernel).sum()
+
+    programs = [str(jax.make_jaxpr(jax.grad(loss, which))(x, kernel)) for which in (0, 1, (0, 1))]
+    assert [program.count("= dot_general[") for program in programs] == [2, 2, 3]  # one is forward
+    assert not any("transpose" in program for program in programs)
+    unused = jax.grad(lambda x, kernel: 0 * loss(x, kernel) + (x**2).sum(), 1)(x, kernel)
+    np.testing.assert_array_equal(unused, 0)
+
+
 def test_exact_gelu_and_its_gradient():
     x = np.linspace(-9, 9, 1001)
     probability = np.array([0.5 * math.erfc(-value / 2**0.5) for value in x])

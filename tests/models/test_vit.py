@@ -152,6 +152,18 @@ def test_remat_changes_nothing_but_memory(mixer, remat):
     assert "checkpoint" in jaxpr or "remat" in jaxpr
 
 
+def test_remat_dots_keeps_what_dense_layers_make():
+    """The backward pass makes no dense product of the forward pass again, and attention maps it does."""
+    params = random_params(tiny(mixer="divided"))
+
+    def count(remat: str) -> int:
+        model = tiny(mixer="divided", remat=remat)
+        loss = jax.grad(lambda p: sum((x**2).sum() for x in model.logits(p, clip(4)).values()))
+        return str(jax.make_jaxpr(loss)(params)).count("name=_product")
+
+    assert count("none") == count("dots") < count("block")
+
+
 @pytest.mark.parametrize(("mixer", "pool"), [*((mixer, "class_token") for mixer in MIXERS), ("none", "frame_mean"), ("none", "temporal_encoder")])
 def test_the_last_block_leaves_out_what_the_pool_does_not_read(mixer, pool):
     """Class tokens alone, but with AM flow, whose units read all tokens: the same features and gradients with fewer operations."""

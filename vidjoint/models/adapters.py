@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from vidjoint.models.layers import ZEROS, Dense, layer_norm
+from vidjoint.models.layers import ZEROS, Dense, affine, layer_norm
 from vidjoint.models.spec import ViTSpec
 
 TORCH_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(-1/sqrt(inputs), 1/sqrt(inputs)), "Kaiming with a = sqrt(5)"
@@ -53,12 +53,12 @@ class Adapter(nnx.Module):
     def __call__(self, residual: jax.Array, x: jax.Array, flow: jax.Array | None, shared: nnx.Module | None) -> tuple[jax.Array, jax.Array]:
         """The sublayer's output `residual` and input `x`, float[B, T, N, D], and flow float32[B, T, N, F] -> new output, E float[B, T, N, r]."""
         source, scale, weights = residual if self.serial else x, self.scale[...], self.weights(shared)
-        hidden = _affine(weights.norm(source), weights.down[: self.width], weights.down_bias)
+        hidden = affine(weights.norm(source), weights.down[: self.width], weights.down_bias)
         if flow is not None:  # the product with [LN(X) || F], without joining the two
-            hidden = hidden + _affine(flow.astype(hidden.dtype), weights.down[self.width :], jnp.zeros(()))
+            hidden = hidden + affine(flow.astype(hidden.dtype), weights.down[self.width :], jnp.zeros(()))
         embedding = jax.nn.relu(hidden)
         # s in the weights: the branch need not be kept for its gradient
-        residual = residual + _affine(embedding, scale * weights.up, scale * weights.up_bias)
+        residual = residual + affine(embedding, scale * weights.up, scale * weights.up_bias)
         return residual + source if self.double else residual, embedding
 
 
@@ -158,12 +158,6 @@ class Hyperformer(Adapter):
     def weights(self, shared: HyperNet) -> Weights:
         scale, bias, *others = shared(self.place)
         return Weights(lambda x: self.norm(x) * scale.astype(x.dtype) + bias.astype(x.dtype), *others)
-
-
-def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """x W + b in the type of x, with its leading axes flattened (see `Dense`)."""
-    out = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype) + bias.astype(x.dtype)
-    return out.reshape(*x.shape[:-1], -1)
 
 
 ADAPTERS = {"parallel": Adapter, "serial": Adapter, "hyperformer": Hyperformer, "compacter": Compacter}

@@ -10,27 +10,66 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 XAVIER = nnx.initializers.xavier_uniform()  # scaled to the width, as in ViT's own code: a fixed 0.02 leaves narrow models almost linear, and stuck
 ZEROS = nnx.initializers.zeros_init()
+DENSE = "dense"
 FEW = 32  # tokens: the attention maps of so few are so small that a CPU transposes them in less time than it loses by reading them transposed
 
 
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x W for x float[..., D] and W float[D, E]. Leading axes are flattened first: XLA's batched products are slow on CPUs.
+
+    The gradient is our own, for the sake of its order. JAX makes that of W as [E, D] and transposes it. Where devices share a batch, their sum comes
+    in between, XLA can't take the transposition into the product any more, and the optimiser reads each gradient across its rows. The name `DENSE`
+    is for the choice of what is kept for the backward pass, which does not look into functions with a gradient of their own.
+    """
+    return checkpoint_name(_product(x, kernel), DENSE)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+
+def _product_forward(x, kernel):
+    """Keeps only what the gradients that are asked for need: of a frozen layer, the kernel."""
+    return _product(x.value, kernel.value), (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
+
+
+def _product_backward(saved, grad):
+    x, kernel = saved
+    rows = grad.reshape(-1, grad.shape[-1])
+    to_x = None if kernel is None else jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ()))).reshape(*grad.shape[:-1], -1)
+    to_kernel = None if x is None else jax.lax.dot_general(x.reshape(-1, x.shape[-1]), rows, (((0,), (0,)), ((), ())))
+    return to_x, to_kernel
+
+
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
+
+
 class Dense(nnx.Linear):
-    """A linear layer, float[..., D] -> float[..., E]. Inputs are flattened to two axes first: XLA's batched products are slow on CPUs."""
+    """A linear layer, float[..., D] -> float[..., E]."""
 
     def __init__(self, in_features: int, out_features: int, *, dtype, rngs: nnx.Rngs, kernel_init=XAVIER):
         super().__init__(in_features, out_features, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        return affine(x, self.kernel[...], self.bias[...], self.dtype)
+
+
+def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype=None) -> jax.Array:
+    """x W + b, computed in `dtype`, by default that of x."""
+    dtype = dtype or x.dtype
+    return product(x.astype(dtype), kernel.astype(dtype)) + bias.astype(dtype)
 
 
 def one_product(first: Dense, second: Dense) -> Callable:
     """x -> second(first(x)) but for second's bias, as one product: the kernels are multiplied before. Fewer operations for more rows than columns."""
     exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     kernel, bias = (exact(value[...], second.kernel[...]) for value in (first.kernel, first.bias))
-    return lambda x: (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype) + bias.astype(x.dtype)).reshape(*x.shape[:-1], -1)
+    return functools.partial(affine, kernel=kernel, bias=bias)
 
 
 def layer_norm(width: int, eps: float, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:

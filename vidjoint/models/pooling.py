@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vidjoint.models.block import Block, drop_rates
-from vidjoint.models.layers import Attention, dot_product_attention, layer_norm
+from vidjoint.models.layers import Attention, affine, dot_product_attention, layer_norm
 from vidjoint.models.position import resize_time
 from vidjoint.models.spec import ViTSpec
 
@@ -155,7 +155,7 @@ def cross_attention(attention: Attention, queries: jax.Array, keys: jax.Array) -
     kernels, biases = (jnp.split(p[...].astype(dtype), 3, axis=-1) for p in (attention.qkv.kernel, attention.qkv.bias))
 
     def project(x, i):
-        return (x.reshape(-1, width) @ kernels[i] + biases[i]).reshape(x.shape[0], -1, heads, width // heads)
+        return affine(x, kernels[i], biases[i]).reshape(x.shape[0], -1, heads, width // heads)
 
     out = dot_product_attention(project(queries, 0), project(keys, 1), project(keys, 2))
     return attention.proj(out.reshape(queries.shape))

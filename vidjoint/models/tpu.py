@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 
 from vidjoint.models.adapters import TORCH_UNIFORM
-from vidjoint.models.layers import Dense, dot_product_attention, layer_norm
+from vidjoint.models.layers import Dense, dot_product_attention, layer_norm, product
 from vidjoint.models.spec import AMFlowSpec, ViTSpec
 
 SMALL = nnx.initializers.normal(0.01)  # TCN's
@@ -80,7 +80,7 @@ class CausalConv(nnx.Module):
         past = jnp.pad(x, ((0, 0), (self.dilation, 0), (0, 0)))[:, : x.shape[1]]
         kernel = self.kernel[...] * (self.scale[...] / jnp.linalg.norm(self.kernel[...], axis=0))
         pair = jnp.concatenate([past, x], axis=-1).astype(self.dtype)
-        return (pair @ kernel.astype(self.dtype)).astype(jnp.float32) + self.bias[...]
+        return product(pair, kernel.astype(self.dtype)).astype(jnp.float32) + self.bias[...]
 
 
 class TemporalBlock(nnx.Module):

@@ -10,14 +10,16 @@ from flax import nnx
 from vidjoint.models.block import Block, drop_rates
 from vidjoint.models.embed import PatchEmbed
 from vidjoint.models.heads import Heads
-from vidjoint.models.layers import layer_norm
+from vidjoint.models.layers import DENSE, layer_norm
 from vidjoint.models.loop import loop, runs
 from vidjoint.models.pooling import POOLS
 from vidjoint.models.spec import ViTSpec
 
 REMAT = {  # what the backward pass of a block finds stored besides the block's input
     "block": None,  # nothing
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the outputs of dense layers, not the attention maps
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # the outputs of dense layers, not the attention maps
+        jax.checkpoint_policies.save_only_these_names(DENSE), jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
 }
 
 
