@@ -84,6 +84,35 @@ def test_product_and_its_gradients():
     assert rounded.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("columns", [1, 5, 48, 1024])
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (300,)])
+def test_product_where_no_gradient_is_asked_for(rows, columns):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(*rows, 40)).astype(np.float32), rng.normal(size=(40, columns)).astype(np.float32)
+    for run in (layers.product, jax.jit(layers.product)):
+        out = run(x, kernel)
+        assert out.shape == (*rows, columns)
+        np.testing.assert_allclose(out, np.asarray(x, np.float64) @ kernel, atol=1e-5)
+
+
+@pytest.mark.parametrize(("columns", "dtype", "written"), [(48, "float32", True), (1024, "float32", False), (48, "bfloat16", False)])
+def test_products_are_convolutions_for_cpus_where_these_are_faster(columns, dtype, written):
+    x, kernel = jnp.ones((6, 40), dtype), jnp.ones((40, columns), dtype)
+    lowered = {name: jax.jit(layers.product).trace(x, kernel).lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
+    assert {name: "convolution" in text for name, text in lowered.items()} == {"cpu": written, "cuda": False, "tpu": False}
+    gradient = jax.jit(jax.grad(lambda x: layers.product(x, kernel).sum().astype(jnp.float32))).lower(x).as_text()
+    assert "convolution" not in gradient
+
+
+@pytest.mark.parametrize("split", [(None, "tensor"), ("tensor", None)])
+def test_product_of_a_kernel_that_devices_share(split):
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(6, 7, 40)).astype(np.float32), rng.normal(size=(40, 48)).astype(np.float32)
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("data")), jax.sharding.NamedSharding(mesh, jax.P(*split))
+    np.testing.assert_allclose(jax.jit(layers.product, in_shardings=sharding)(x, kernel), x @ kernel, atol=1e-5)
+
+
 def test_products_make_no_gradient_that_nobody_asks_for_and_none_in_another_order():
     x, kernel = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
 

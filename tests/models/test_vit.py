@@ -159,7 +159,7 @@ def test_remat_dots_keeps_what_dense_layers_make():
     def count(remat: str) -> int:
         model = tiny(mixer="divided", remat=remat)
         loss = jax.grad(lambda p: sum((x**2).sum() for x in model.logits(p, clip(4)).values()))
-        return str(jax.make_jaxpr(loss)(params)).count("name=_product")
+        return str(jax.make_jaxpr(loss)(params)).count("name=dense")
 
     assert count("none") == count("dots") < count("block")
 

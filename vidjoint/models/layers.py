@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 XAVIER = nnx.initializers.xavier_uniform()  # scaled to the width, as in ViT's own code: a fixed 0.02 leaves narrow models almost linear, and stuck
 ZEROS = nnx.initializers.zeros_init()
 DENSE = "dense"
-FEW = 32  # tokens: the attention maps of so few are so small that a CPU transposes them in less time than it loses by reading them transposed
+PAGE = 1024  # float32 numbers of 4 KiB: Eigen is slow (0.7 x) where rows of the result are a multiple of so many
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -30,12 +30,28 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+    """What is run where no gradient is asked for."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.dtype == jnp.float32 and kernel.shape[1] % PAGE:
+        out = jax.lax.platform_dependent(rows, kernel, cpu=_pointwise_convolution, default=jnp.matmul)
+    else:
+        out = rows @ kernel
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def _pointwise_convolution(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    """float[N, D] times float[D, E], for CPUs. XLA makes a product of this again once it has given its other products to YNNPACK.
+
+    So Eigen does it, with oneDNN's kernels: 1.0 to 1.5 times as many operations a second on one core. A step that trains gains nothing from that.
+    """
+    numbers = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(rows[:, None], kernel[None], (1,), "VALID", dimension_numbers=numbers)[:, 0]
 
 
 def _product_forward(x, kernel):
     """Keeps only what the gradients that are asked for need: of a frozen layer, the kernel."""
-    return _product(x.value, kernel.value), (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
+    out = x.value.reshape(-1, x.value.shape[-1]) @ kernel.value
+    return out.reshape(*x.value.shape[:-1], -1), (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
 
 
 def _product_backward(saved, grad):
@@ -92,8 +108,7 @@ def _merged(q, k, v, mask):
     batch, _, heads, _ = q.shape
     q, k, v = (rearrange(x, "b n h d -> (b h) n d") for x in (q, k, v))
     mask = None if mask is None else jnp.repeat(mask, heads, axis=0)[:, None]
-    few = q.shape[1] <= FEW and k.shape[1] <= FEW
-    return rearrange(_attend(few, q, k, v, mask), "(b h) n d -> b n h d", b=batch, h=heads)
+    return rearrange(_attend(True, q, k, v, mask), "(b h) n d -> b n h d", b=batch, h=heads)
 
 
 def _by_heads(q, k, v, mask):
@@ -105,12 +120,14 @@ def _by_heads(q, k, v, mask):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(turn_first: bool, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """`turn_first`: transpose maps before they are multiplied from that side, in place of a product that reads them so."""
+    """`turn_first`: the backward pass transposes a map before the product that reads it so (CPUs do such products sequence by sequence)."""
     return _attend_forward(turn_first, q, k, v, mask)[0]
 
 
 def _attend_forward(_, q, k, v, mask):
-    logits = _logits(q, k, mask)
+    logits = jnp.einsum("...nd,...md->...nm", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask, logits, -jnp.inf)
     most = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - most)
     total = weights.sum(axis=-1, keepdims=True)
@@ -120,24 +137,27 @@ def _attend_forward(_, q, k, v, mask):
 
 
 def _attend_backward(turn_first, saved, grad):
+    """Works on the transposed map: the gradients of keys and values are plain products of it then, and only that of queries reads it turned."""
     q, k, v, mask, out, most, total = saved
-
-    def by_columns(x: jax.Array, y: jax.Array) -> jax.Array:  # [..., N, M], [..., N, d] -> [..., M, d]
-        if turn_first:
-            return jnp.einsum("...mn,...nd->...md", jax.lax.optimization_barrier(x.swapaxes(-1, -2)), y)
-        return jnp.einsum("...nm,...nd->...md", x, y)
-
-    weights = jnp.exp(_logits(q, k, mask) - most)
     grad = grad / total  # float32
-    own = (grad * out).sum(axis=-1, keepdims=True)
+    own = (grad * out).sum(axis=-1)[..., None, :]
     grad = grad.astype(v.dtype)
-    to_logits = (weights * (jnp.einsum("...nd,...md->...nm", grad, v, preferred_element_type=jnp.float32) - own)).astype(q.dtype)
-    return jnp.einsum("...nm,...md->...nd", to_logits, k), by_columns(to_logits, q), by_columns(weights.astype(v.dtype), grad), None
 
+    def by_keys(x: jax.Array, y: jax.Array) -> jax.Array:  # [..., M, d], [..., N, d] -> [..., M, N]
+        return jnp.einsum("...md,...nd->...mn", x, y, preferred_element_type=jnp.float32)
 
-def _logits(q, k, mask):
-    logits = jnp.einsum("...nd,...md->...nm", q, k, preferred_element_type=jnp.float32)
-    return logits if mask is None else jnp.where(mask, logits, -jnp.inf)
+    logits = by_keys(k, q)
+    if mask is not None:
+        logits = jnp.where(mask.swapaxes(-1, -2), logits, -jnp.inf)
+    weights = jnp.exp(logits - most.swapaxes(-1, -2))
+    to_v = jnp.einsum("...mn,...nd->...md", weights.astype(v.dtype), grad)
+    to_logits = (weights * (by_keys(v, grad) - own)).astype(q.dtype)
+    to_k = jnp.einsum("...mn,...nd->...md", to_logits, q)
+    if turn_first:
+        to_q = jnp.einsum("...nm,...md->...nd", jax.lax.optimization_barrier(to_logits.swapaxes(-1, -2)), k)
+    else:
+        to_q = jnp.einsum("...mn,...md->...nd", to_logits, k)
+    return to_q, to_k, to_v, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -180,6 +200,7 @@ def _probability(x: jax.Array) -> jax.Array:
 
 
 def _exact_gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    x = jax.lax.optimization_barrier(x)  # lest the probability of the forward pass be kept for this
     density = jnp.exp(-0.5 * x.astype(jnp.float32) ** 2) * (2 * jnp.pi) ** -0.5
     return ((grad * (_probability(x) + x * density)).astype(x.dtype),)
 
