@@ -66,3 +66,18 @@ def test_commands_keep_their_memory():
     assert int(kept) < 500 < 20_000 < int(plain)
     _, tunables = run(code.format("host_memory.keep()"), GLIBC_TUNABLES="glibc.malloc.arena_max=2")
     assert tunables == "glibc.malloc.arena_max=2"  # somebody has chosen
+
+
+@pytest.mark.skipif(not host_memory.can_be_kept(), reason="only with glibc 2.35 or newer")
+def test_what_is_not_needed_any_more_is_given_back():
+    code = (
+        "import numpy as np; from vidjoint import host_memory; {}; host_memory.Excess.EVERY = 0; excess = host_memory.Excess();"
+        "np.ones(1 << 26, np.uint8); excess.give_back(); before = host_memory.resident();"  # 64 MiB are in use and free again
+        "np.ones(1 << 28, np.uint8); grown = host_memory.resident(); excess.give_back(); after = host_memory.resident();"
+        "excess.give_back(); np.ones(1 << 20, np.uint8); excess.give_back(); end = host_memory.resident();"
+        "print(*(size >> 20 for size in (before, grown, after, end)))"
+    )
+    before, grown, after, end = map(int, run(code.format("host_memory.keep()")))
+    assert grown > before + 150 and after < before and abs(end - after) < 8
+    before, grown, after, _ = map(int, run(code.format("0")))
+    assert after == grown < before + 8  # glibc has done so itself, and is left alone

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from vidjoint.checkpoints import Checkpoints
 from vidjoint.data.mixture import Mixture
 from vidjoint.errors import UserError
+from vidjoint.host_memory import Excess
 from vidjoint.metrics import write_whole
 
 IN_FLIGHT = 2  # steps that the device may have at a time; more would only hold their batches in its memory
@@ -102,7 +103,7 @@ class BadSteps:
         self._most, self._on_their_way = most, collections.deque()
         self._in_flight = IN_FLIGHT_ON_CPU if jax.default_backend() == "cpu" else IN_FLIGHT
         self._row, self._first = 0, None
-        self._clock = DeviceClock()
+        self._clock, self._excess = DeviceClock(), Excess()
 
     def idle_for(self) -> float:
         """Seconds that the device has had nothing to do."""
@@ -113,7 +114,9 @@ class BadSteps:
 
     def make_room(self) -> bool:
         """Waits until one more step may be started. Returns whether too many in a row were skipped."""
-        return self.wait(self._in_flight - 1)
+        too_many = self.wait(self._in_flight - 1)
+        self._excess.give_back()
+        return too_many
 
     def add(self, step: Step) -> None:
         """Takes a step that was just started."""

@@ -1,16 +1,21 @@
-"""Host memory of commands that compute on CPUs: in huge pages, and kept.
+"""Host memory of commands that compute on CPUs: in huge pages, and kept from step to step, but no more of it than steps need.
 
 Imports nothing that takes time: a command calls this before it imports the rest.
 """
 
+import ctypes
 import importlib.util
 import os
 import platform
 import sys
+import time
+from pathlib import Path
 
 PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 # glibc: huge pages where the system gives them to whoever asks; freed memory stays with the process; one arena, as only that one keeps large pieces
 KEPT = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
+
+kept = False  # whether this process keeps what is freed
 
 
 def only_cpus() -> bool:
@@ -31,10 +36,42 @@ def keep() -> None:
     XLA asks for its buffers anew in every step. To have them mapped and cleared by the system each time took a tenth to a third of a step. glibc
     reads its settings when a process starts, from GLIBC_TUNABLES; whoever has set `glibc.malloc` there keeps what they chose.
     """
+    global kept
     asked = os.environ.get("GLIBC_TUNABLES", "")
     if asked.endswith(KEPT):  # this is the second start
         os.environ["GLIBC_TUNABLES"] = asked.removesuffix(KEPT).rstrip(":")
+        kept = True
         return
     if only_cpus() and can_be_kept() and "glibc.malloc" not in asked:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [asked, KEPT]))
         os.execv(sys.executable, sys.orig_argv)
+
+
+class Excess:
+    """Gives memory that is free back to the system where a process that keeps it holds more than it did.
+
+    XLA may ask for a step's temporary memory a moment before it has freed that of the step before. Both pieces would stay with the process.
+    """
+
+    EVERY = 10  # seconds from one look to the next
+    MARGIN = 1.03
+
+    def __init__(self):
+        self._least, self._next = 0, 0.0
+
+    def give_back(self) -> None:
+        """To be called between steps, when what they computed with is free. What the next one needs is mapped anew, once."""
+        if not kept or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + self.EVERY
+        held = resident()
+        if self._least and held > self.MARGIN * self._least:
+            ctypes.CDLL(None).malloc_trim(0)
+            self._least = 0  # the next look tells how much is needed now
+        else:
+            self._least = min(held, self._least or held)
+
+
+def resident() -> int:
+    """Bytes of memory that this process has in use (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
