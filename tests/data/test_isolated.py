@@ -68,7 +68,7 @@ def test_time_is_bounded(function):
     start = time.monotonic()
     with pytest.raises(DecodeError, match=r"^not decoded within 0.3 s \(data.decode_seconds\)$"):
         call(function, limits=Limits(0.3, 1 << 30))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert call(hostile.echo, 1) == 1
 
 

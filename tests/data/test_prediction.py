@@ -192,7 +192,7 @@ def test_no_more_rows_than_asked_are_held(folder):
 
 def test_large_pictures_are_decoded_one_at_a_time(folder, monkeypatch):
     active, most = 0, {}
-    lock = threading.Lock()
+    lock, all_of_them = threading.Lock(), threading.Event()
 
     original = prediction.view_parts
 
@@ -202,6 +202,9 @@ def test_large_pictures_are_decoded_one_at_a_time(folder, monkeypatch):
             with lock:
                 active += 1
                 most[clip.max_pixels] = max(most.get(clip.max_pixels, 0), active)
+            if active == 4:
+                all_of_them.set()
+            all_of_them.wait(10)
             time.sleep(0.05)
             with lock:
                 active -= 1
