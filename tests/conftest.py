@@ -13,6 +13,7 @@ from absl import flags
 
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
+    jax.devices()  # from here on no command that a test calls in this process changes their number
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags, which only a command's entry point parses
 
 

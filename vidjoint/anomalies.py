@@ -1,14 +1,9 @@
 """Steps that go wrong: losses that jump, and losses or gradients that are not finite. These are skipped (`step.py`), counted, at last written out."""
 
-import collections
-import contextlib
 import json
 import math
-import queue
 import shutil
-import threading
-import time
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -18,11 +13,9 @@ from jax.experimental import multihost_utils
 from vidjoint.checkpoints import Checkpoints
 from vidjoint.data.mixture import Mixture
 from vidjoint.errors import UserError
-from vidjoint.host_memory import Excess
+from vidjoint.in_flight import Step
 from vidjoint.metrics import write_whole
 
-IN_FLIGHT = 2  # steps that the device may have at a time; more would only hold their batches in its memory
-IN_FLIGHT_ON_CPU = 1  # there each also holds all that it computes with
 FOLDER = "bad_step"  # in the run's folder; `vidjoint.replay` reads it
 
 
@@ -49,85 +42,16 @@ class Spikes:
         return spike
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step on its way, or one that was not finite."""
-
-    number: int  # as logs count: the update that it makes
-    values: dict  # its metrics
-    batches: tuple[dict, ...]  # of this process, on the host
-
-
-class DeviceClock:
-    """Tells for how long the device has had nothing to do: a thread waits for each step and keeps the time at which it ended.
-
-    The thread needs the interpreter for that, so the time may be late by a few ms, never early.
-    """
-
-    PATIENCE = 10  # seconds
-
-    def __init__(self):
-        self._started = self._ended = 0  # steps
-        self._end = -math.inf  # of the newest of those
-        self._steps: queue.SimpleQueue = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._wait, name="device-clock", daemon=True)
-        self._thread.start()
-
-    def add(self, result: jax.Array) -> None:
-        """Takes a result of a step that was just started."""
-        self._started += 1
-        self._steps.put(result)
-
-    def idle_for(self) -> float:
-        """Seconds since the newest step has ended: 0 while it runs, infinite before the first."""
-        return time.perf_counter() - self._end if self._ended == self._started else 0.0
-
-    def close(self) -> None:
-        """Ends the thread, after the newest step: Python must not go while it waits for one. A step that hangs is not waited for."""
-        self._steps.put(None)
-        self._thread.join(self.PATIENCE)
-
-    def _wait(self) -> None:
-        while (result := self._steps.get()) is not None:
-            with contextlib.suppress(Exception):  # whoever reads the result gets it
-                result.block_until_ready()
-            self._end = time.perf_counter()
-            self._ended += 1
-
-
 class BadSteps:
-    """Lets the device have so many steps at a time, looks at each when it has ended, and counts skipped ones in a row. To be closed."""
+    """Counts skipped steps in a row."""
 
     def __init__(self, most: int):
         """`most` is `config.max_skipped`: so many in a row are too many; 0: any number may be."""
-        self._most, self._on_their_way = most, collections.deque()
-        self._in_flight = IN_FLIGHT_ON_CPU if jax.default_backend() == "cpu" else IN_FLIGHT
-        self._row, self._first = 0, None
-        self._clock, self._excess = DeviceClock(), Excess()
+        self._most, self._row, self._first = most, 0, None
 
-    def idle_for(self) -> float:
-        """Seconds that the device has had nothing to do."""
-        return self._clock.idle_for()
-
-    def close(self) -> None:
-        self._clock.close()
-
-    def make_room(self) -> bool:
-        """Waits until one more step may be started. Returns whether too many in a row were skipped."""
-        too_many = self.wait(self._in_flight - 1)
-        self._excess.give_back()
-        return too_many
-
-    def add(self, step: Step) -> None:
-        """Takes a step that was just started."""
-        step.values["skipped"].copy_to_host_async()
-        self._on_their_way.append(step)
-        self._clock.add(step.values["skipped"])
-
-    def wait(self, left: int = 0) -> bool:
-        """Waits for all but so many of the steps that were started, and returns likewise."""
-        while len(self._on_their_way) > left:
-            step = self._on_their_way.popleft()
+    def are_too_many(self, ended: Iterable[Step]) -> bool:
+        """Takes the next steps that have ended. Returns whether too many in a row, up to the last of them, were skipped."""
+        for step in ended:
             if not step.values["skipped"]:
                 self._row, self._first = 0, None
             else:
@@ -135,7 +59,7 @@ class BadSteps:
                 self._first = self._first or step
         return 0 < self._most <= self._row
 
-    def write(self, workdir: Path, state, mixture: Mixture, seed: int, newest: int | None) -> UserError:
+    def write(self, workdir: Path, state, since: Iterable[Step], mixture: Mixture, seed: int, newest: int | None) -> UserError:
         """Writes `workdir/bad_step` for `vidjoint.replay`, and returns the error to stop with. All processes call it.
 
         It gets `batch.npz` (of process i > 0: `batch.I.npz`), `checkpoints/` with the present state, whose parameters are those that the row's first
@@ -143,10 +67,11 @@ class BadSteps:
 
         Args:
           state: after the newest step.
+          since: steps that were started after those that were counted.
           newest: the newest checkpoint of the run.
         """
         first, row = self._first, self._row
-        updates = sum(not step.values["skipped"] for step in self._on_their_way)  # that were made since the row was seen
+        updates = sum(not step.values["skipped"] for step in since)  # that were made since the row was seen
         folder = workdir / FOLDER
         message = f"{row} steps in a row, from step {first.number} on, had a loss or gradient that is not finite, and changed nothing (max_skipped)"
         advice = "to go on, lower optim.lr, lengthen its warm-up or set optim.clip_norm, with --force_config"

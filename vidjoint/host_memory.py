@@ -3,6 +3,7 @@
 Imports nothing that takes time: a command calls this before it imports the rest.
 """
 
+import collections
 import ctypes
 import importlib.util
 import os
@@ -53,23 +54,21 @@ class Excess:
     XLA may ask for a step's temporary memory a moment before it has freed that of the step before. Both pieces would stay with the process.
     """
 
-    EVERY = 10  # seconds from one look to the next
+    EVERY, LOOKS = 10, 6  # seconds from one look to the next; looks that are compared: where more is needed for good, that is settled in a minute
     MARGIN = 1.03
 
     def __init__(self):
-        self._least, self._next = 0, 0.0
+        self._held: collections.deque[int] = collections.deque(maxlen=self.LOOKS)
+        self._next = 0.0
 
     def give_back(self) -> None:
         """To be called between steps, when what they computed with is free. What the next one needs is mapped anew, once."""
         if not kept or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + self.EVERY
-        held = resident()
-        if self._least and held > self.MARGIN * self._least:
+        self._held.append(resident())
+        if self._held[-1] > self.MARGIN * min(self._held):
             ctypes.CDLL(None).malloc_trim(0)
-            self._least = 0  # the next look tells how much is needed now
-        else:
-            self._least = min(held, self._least or held)
 
 
 def resident() -> int:

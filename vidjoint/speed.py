@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from vidjoint import sharding
-from vidjoint.anomalies import BadSteps, Step
 from vidjoint.data.tasks import clip_spec
+from vidjoint.in_flight import InFlight, Step
 from vidjoint.models.build import Model, build, count_parameters
 from vidjoint.models.macs import macs
 from vidjoint.optim import join, split_frozen
@@ -187,7 +187,7 @@ def measure_data(setup: Setup, steps: Steps, count: int) -> dict:
 
     state, memory, warm = initial_state(setup), [], 5
     progress = tqdm(total=warm + count, desc="training", unit="step", delay=2, disable=None, leave=False)
-    with contextlib.closing(BadSteps(0)) as in_flight, contextlib.closing(mixture.iterate(0)) as tuples, progress:
+    with contextlib.closing(InFlight()) as in_flight, contextlib.closing(mixture.iterate(0)) as tuples, progress:
         for i in range(warm + count):
             if i == warm:
                 jax.block_until_ready(state)

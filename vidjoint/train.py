@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from vidjoint import config as config_module
 from vidjoint import evaluate, metrics, optim, plots, report, sharding, step, summary, validate
-from vidjoint.anomalies import BadSteps, Spikes, Step
+from vidjoint.anomalies import BadSteps, Spikes
 from vidjoint.checkpoints import Checkpoints
 from vidjoint.data.mixture import Mixture
 from vidjoint.data.schedules import steps_per_epoch
 from vidjoint.data.tasks import Task, open_tasks, union_size
 from vidjoint.errors import UserError
+from vidjoint.in_flight import InFlight, Step
 from vidjoint.models.build import Model, build
 from vidjoint.run_folder import RunFolder
 from vidjoint.stopping import Stopped, StopSignal, Waiting
@@ -252,7 +253,7 @@ def run_steps(
       Stopped: a signal came; all is saved.
       UserError: too many steps in a row were not finite.
     """
-    config, bad_steps = setup.config, BadSteps(setup.config.max_skipped)
+    config, in_flight, bad_steps = setup.config, InFlight(), BadSteps(setup.config.max_skipped)
 
     def due(done: int, every: int) -> bool:
         return bool(every) and done % every == 0
@@ -267,7 +268,7 @@ def run_steps(
     def stop_over_bad_steps(done: int) -> None:
         if events.steps:
             events.take(done, float(setup.schedule(done - 1)))
-        raise bad_steps.write(workdir, state, setup.mixture, config.seed, checkpoints.latest())
+        raise bad_steps.write(workdir, state, in_flight, setup.mixture, config.seed, checkpoints.latest())
 
     def score_of(done: int) -> float | None:
         """Evaluates with one view, and writes that down unless the last evaluation follows, with all views."""
@@ -276,7 +277,7 @@ def run_steps(
             events.write(done, evaluate.as_events(quick))
         return evaluate.mean_score(quick)
 
-    with contextlib.closing(bad_steps), contextlib.closing(setup.mixture.iterate(start)) as tuples:
+    with contextlib.closing(in_flight), contextlib.closing(setup.mixture.iterate(start)) as tuples:
         if 0 < start < setup.total_steps and due(start, config.eval_every) and not checkpoints.has_metric(start):  # a signal came in between
             with contextlib.suppress(evaluate.Abandoned):
                 score_of(start)
@@ -288,12 +289,12 @@ def run_steps(
             except Waiting:
                 save_and_stop(done - 1)
             arrays = tuple(sharding.put_batch(batch, setup.mesh) for batch in batches)
-            waited = min(bad_steps.idle_for(), time.perf_counter() - began)
-            if bad_steps.make_room():  # only now, so that the next batch comes while the device is busy
+            waited = min(in_flight.idle_for(), time.perf_counter() - began)
+            if bad_steps.are_too_many(in_flight.make_room()):  # only now, so that the next batch comes while the device is busy
                 stop_over_bad_steps(done - 1)
             state, values = setup.train_step(state, arrays)
             stop.when_saved(None)
-            bad_steps.add(Step(done, values, batches))
+            in_flight.add(Step(done, values, batches))
             events.step(values, waited, setup.mixture.examples(done - 1))
 
             last, stops = done == setup.total_steps, stop.asked_anywhere()
@@ -301,7 +302,7 @@ def run_steps(
             saves = due(done, config.checkpoint_every) or evaluates or last or stops
             if due(done, config.log_every) or saves:
                 events.take(done, float(setup.schedule(done - 1)))
-                if bad_steps.wait():
+                if bad_steps.are_too_many(in_flight.wait()):
                     stop_over_bad_steps(done)
             score = None
             if evaluates and not stops:

@@ -14,10 +14,11 @@ import pytest
 from tests import tiny
 from tests.faults import runs
 from vidjoint import replay
-from vidjoint.anomalies import IN_FLIGHT_ON_CPU, BadSteps, DeviceClock, Spikes, Step
+from vidjoint.anomalies import BadSteps, Spikes
 from vidjoint.checkpoints import load_params
 from vidjoint.data.mixture import Mixture
 from vidjoint.errors import UserError
+from vidjoint.in_flight import MOST_ON_CPU, DeviceClock, InFlight, Step
 from vidjoint.metrics import read_events
 from vidjoint.train import train
 
@@ -65,16 +66,19 @@ def steps(skipped: str) -> list[Step]:
 )
 def test_only_so_many_in_a_row_are_too_many(skipped, most, stops):
     """Which is noticed before the next step starts, on CPUs, or when all are waited for."""
-    with contextlib.closing(BadSteps(most)) as bad:
+    bad = BadSteps(most)
+    with contextlib.closing(InFlight()) as in_flight:
         for step in steps(skipped):
-            if bad.make_room():
+            if bad.are_too_many(in_flight.make_room()):
                 break
-            bad.add(step)
-    assert (step.number if stops else None) == (stops and stops + IN_FLIGHT_ON_CPU)
-    with contextlib.closing(BadSteps(most)) as bad:
+            in_flight.add(step)
+    assert (step.number if stops else None) == (stops and stops + MOST_ON_CPU)
+    bad = BadSteps(most)
+    with contextlib.closing(InFlight()) as in_flight:
         for step in steps(skipped[:stops]):
-            bad.add(step)
-        assert bad.wait() == bool(stops)
+            in_flight.add(step)
+        assert len(list(in_flight)) == len(skipped[:stops])
+        assert bad.are_too_many(in_flight.wait()) == bool(stops) and not list(in_flight)
 
 
 def test_the_device_is_idle_from_the_end_of_its_newest_step():
