@@ -105,7 +105,7 @@ def test_data_needs_no_jax_and_knows_no_models():
             assert not top_level(imported(name)) & {"jax", "jaxlib", "flax", "optax", "chex", "orbax"}, name
         if name.startswith("vidjoint.data"):
             outside = {other for other in GRAPH[name] if not other.startswith("vidjoint.data")}
-            assert outside <= {"vidjoint.errors", "vidjoint.config", "vidjoint.host_memory"}, name
+            assert outside <= {"vidjoint.errors", "vidjoint.config"}, name
 
 
 def test_models_know_no_data():

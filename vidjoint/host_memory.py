@@ -1,20 +1,20 @@
-"""Host memory of commands that compute on CPUs: in huge pages, and kept from step to step, but no more of it than steps need.
+"""Host memory of commands that compute on CPUs: in huge pages, and kept from step to step, but no more of it than a step needs.
 
 Imports nothing that takes time: a command calls this before it imports the rest.
 """
 
-import collections
 import ctypes
 import importlib.util
 import os
 import platform
 import sys
-import time
-from pathlib import Path
 
 PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 # glibc: huge pages where the system gives them to whoever asks; freed memory stays with the process; one arena, as only that one keeps large pieces
 KEPT = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
+
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # malloc.h
+LARGE = 16 << 20  # bytes of a piece that is given back at once, from `settle` on, if no room was left for it
 
 kept = False  # whether this process keeps what is freed
 
@@ -48,29 +48,13 @@ def keep() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
-class Excess:
-    """Gives memory that is free back to the system where a process that keeps it holds more than it did.
+def settle() -> None:
+    """To be called when a process that keeps its memory has as much as it needs: it grows no more for large pieces.
 
-    XLA may ask for a step's temporary memory a moment before it has freed that of the step before. Both pieces would stay with the process.
+    A step's temporary memory is one such piece. Now and then XLA asks for the next step's a moment before it has freed that, or something small lies
+    where it was; each time one more would stay with the process. From here on, a large piece that finds no room is mapped and unmapped.
     """
-
-    EVERY, LOOKS = 10, 6  # seconds from one look to the next; looks that are compared: where more is needed for good, that is settled in a minute
-    MARGIN = 1.03
-
-    def __init__(self):
-        self._held: collections.deque[int] = collections.deque(maxlen=self.LOOKS)
-        self._next = 0.0
-
-    def give_back(self) -> None:
-        """To be called between steps, when what they computed with is free. What the next one needs is mapped anew, once."""
-        if not kept or time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + self.EVERY
-        self._held.append(resident())
-        if self._held[-1] > self.MARGIN * min(self._held):
-            ctypes.CDLL(None).malloc_trim(0)
-
-
-def resident() -> int:
-    """Bytes of memory that this process has in use (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if kept:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(M_MMAP_MAX, 65536)  # as it is without KEPT

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import jax
 
-from vidjoint.host_memory import Excess
+from vidjoint import host_memory
 
 MOST = 2  # steps that the device may have at a time; more would only hold their batches in its memory
 MOST_ON_CPU = 1  # there each also holds all that it computes with
-FREED = 0.0005  # seconds after which a CPU's step, whose results are there, has most probably freed what it computed with
+WARM = 100  # steps after which a process has as much memory as it needs
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class InFlight:
     def __init__(self):
         self._steps: collections.deque[Step] = collections.deque()
         self._on_cpu = jax.default_backend() == "cpu"
-        self._clock, self._excess = DeviceClock(), Excess()
+        self._clock, self._started = DeviceClock(), 0
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self._steps)
@@ -54,9 +54,9 @@ class InFlight:
     def make_room(self) -> list[Step]:
         """Waits until one more step may be started. Returns those that have ended."""
         ended = self.wait(MOST_ON_CPU - 1 if self._on_cpu else MOST - 1)
-        if self._on_cpu:
-            time.sleep(FREED)
-            self._excess.give_back()
+        self._started += 1
+        if self._on_cpu and self._started == WARM:
+            host_memory.settle()
         return ended
 
     def wait(self, left: int = 0) -> list[Step]:

@@ -21,7 +21,6 @@ from vidjoint.data.decode import DecodeError
 from vidjoint.data.demo import write_video
 from vidjoint.data.isolated import Limits
 from vidjoint.errors import UserError
-from vidjoint.host_memory import only_cpus
 
 LIMITS = Limits(seconds=30.0, memory=1 << 30)
 
@@ -93,11 +92,6 @@ def test_a_child_that_is_killed_while_idle_is_replaced():
         child._process.kill()
         child._process.wait()
     assert call(hostile.echo, 2) == 2
-
-
-@pytest.mark.skipif(not only_cpus(), reason="JAX computes elsewhere")
-def test_children_make_way_for_what_jax_computes():
-    assert call(os.nice, 0) == min(os.nice(0) + isolated.NICENESS, 19)
 
 
 def test_children_end_with_a_killed_parent(tmp_path):

@@ -24,13 +24,11 @@ from typing import Any
 
 from vidjoint.data.decode import DecodeError, NoMemory
 from vidjoint.errors import UserError
-from vidjoint.host_memory import only_cpus
 
 START_SECONDS = 300  # for a child to import its modules, on a machine that is busy
 MOST_STARTS = 5  # attempts
 READY = b"!"
 SMALL = 1 << 16  # bytes
-NICENESS = 5  # of children where JAX computes on the same cores: an operation there waits for the last of its threads
 HEAD = struct.Struct("<QQ")  # bytes of a pickle, number of the buffers behind it
 # What most calls need is imported before the clock runs
 CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from vidjoint.data import examples, isolated; isolated.serve(int(sys.argv[1]))"
@@ -212,8 +210,6 @@ def serve(descriptor: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a whole job gets these; what to do then, the parent decides
         signal.signal(number, signal.SIG_IGN)
     _limit(resource.RLIMIT_CORE, 0)
-    if only_cpus():
-        os.nice(NICENESS)
     connection = socket.socket(fileno=descriptor)
     with connection, connection.makefile("rb") as requests, contextlib.suppress(ConnectionError):  # the parent has gone
         connection.sendall(READY)
