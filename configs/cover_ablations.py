@@ -13,6 +13,7 @@ Hardware: that of cover_jft.py. Published top-1 from JFT-3B, K400 / SSv2 / MiT: 
 
 from configs.cover_base import EVERYTHING, cover
 from vidjoint.config import choose
+from vidjoint.errors import UserError
 
 SETS = ("kinetics+ssv2", "kinetics", "ssv2", "mit", "kinetics+ssv2+mit", "+".join(EVERYTHING))
 WEIGHTS = ("w0.5", "w0.75", "w0")
@@ -23,4 +24,6 @@ def get_config(argument: str = ""):
     config = cover(resolution, kinetics, init_from="checkpoints/vit_l16_jft", tasks=tuple(sets.split("+")))
     if "imagenet" in config.tasks:
         config.tasks.imagenet.loss_weight = float(weight[1:])
+    elif weight != WEIGHTS[0]:
+        raise UserError(f"config argument {weight} weighs the loss of images, and {sets} has none: choose {SETS[-1]} with it")
     return config

@@ -13,11 +13,12 @@ INPUT = {  # frames, pixels, random short side (table 7; TimeSformer's jitter)
     "standard": (8, 224, (256, 320)),
     "high_res": (16, 448, (448, 512)),
 }
+SIZES = ("", "base")  # ViT-L, or ViT-B (figure 4)
 EVERYTHING = ("kinetics", "ssv2", "mit", "imagenet")
 
 
-def cover(resolution: str = "high_res", kinetics: str = "k400", init_from: str = "", tasks: tuple[str, ...] = EVERYTHING):
-    """The recipe in full. `tasks`: which of EVERYTHING; `kinetics`: k400, k600 or k700."""
+def cover(resolution: str = "high_res", kinetics: str = "k400", init_from: str = "", tasks: tuple[str, ...] = EVERYTHING, size: str = ""):
+    """The recipe in full. `tasks`: which of EVERYTHING; `kinetics`: k400, k600 or k700; `size`: one of SIZES."""
     frames, side, short_side = INPUT[resolution]
     config = base_config()
     config.total_epochs = 20.0
@@ -25,7 +26,7 @@ def cover(resolution: str = "high_res", kinetics: str = "k400", init_from: str =
     config.eval_every = 20_000
     config.checkpoint_every = 1_000
     config.init_from = init_from
-    config.model.update(variant="L/16", mixer="divided", frames=frames, image_size=side, remat="dots", scan=True)
+    config.model.update(variant="B/16" if size else "L/16", mixer="divided", frames=frames, image_size=side, remat="dots", scan=True)
     config.optim.update(name="sgd", lr=5e-3, schedule="step", milestone_epochs=(11.0, 15.0), decay_factor=0.1, momentum=0.9)
     config.optim.update(weight_decay=1e-4, decay="all")  # not in the paper; TimeSformer's
     config.eval.views = "1x3"

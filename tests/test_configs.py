@@ -9,25 +9,27 @@ import pytest
 from ml_collections import ConfigDict
 
 from vidjoint import optim, validate
-from vidjoint.config import as_json, difference, load, parse
+from vidjoint.config import as_json, base_config, difference, load, parse
 from vidjoint.data.tasks import clip_spec
 from vidjoint.errors import UserError
 from vidjoint.models.build import build, count_parameters
 from vidjoint.step import init_state, make_train_step
+from vidjoint.weights.init_from import plan
+from vidjoint.weights.pretrained import Pretrained, adopt, flat
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = [f"configs/{path.name}" for path in sorted(FOLDER.glob("*.py")) if "\ndef get_config(" in path.read_text()]
 ARGUMENTS = {  # besides the default: every word that an experiment takes, at least once
     "am_flow_k400": ("lstm,8f", "transformer,32f", "tcn,24f", "no_flow", "no_encoder", "scratch", "hyperformer", "compacter", "serial", "large"),
     "am_flow_smarthome": ("transformer", "tcn", "24f", "hyperformer"),
-    "am_flow_ssv2": ("transformer", "lstm,8f", "32f", "compacter"),
-    "cover_ablations": ("kinetics", "ssv2", "mit", "kinetics+ssv2+mit,k600", "kinetics+ssv2+mit+imagenet,k700,w0.75", "standard,w0"),
+    "am_flow_ssv2": ("transformer", "lstm,8f", "32f", "compacter", "clip", "imagenet"),
+    "cover_ablations": ("kinetics", "ssv2", "mit", "kinetics+ssv2+mit,k600", "kinetics+ssv2+mit+imagenet,k700,w0.75", "standard"),
     "cover_images": ("b16",),
-    "cover_in21k": ("standard", "high_res", "high_res,k600", "standard,k700"),
-    "cover_jft": ("standard", "high_res", "high_res,k600", "standard,k700"),
+    "cover_in21k": ("standard", "high_res", "high_res,k600", "standard,k700", "standard,base"),
+    "cover_jft": ("standard", "high_res", "high_res,k600", "standard,k700", "high_res,base"),
     "cover_transfer": ("ssv2,frozen", "k400,full", "k400,frozen,standard"),
     "iv_vit": ("separate", "images", "videos", "scratch", "images,scratch"),
-    "mevit_k400": ("16f",),
+    "mevit_k400": ("16f", "m1", "m2", "m3", "m7", "m14", "9+3", "10+2", "11+1", "12+1", "lt0", "lt2", "lt4", "lt8", "lt12"),
     "mevit_k600": ("8f",),
     "mevit_ssv2": ("8f",),
     "polyvit": ("task_by_task", "uniform", "weighted", "accumulated", "scratch"),
@@ -151,8 +153,12 @@ def test_cover_s_ablations():
     config, _ = parse(["--config=configs/cover_transfer.py:k400,frozen"])
     trained, _ = optim.split_frozen(parameters(build(config.model, classes(config))), config.optim.freeze)
     assert set(trained) <= {"heads", "pool"} and set(trained["heads"]) == {"k400"}
+    assert (config.init_heads, config.init_from) == ("new", "runs/cover_ablations_ssv2")  # 3.2
     with pytest.raises(UserError, match="choose from"):
         parse(["--config=configs/cover_ablations.py:imagenet,w2"])
+    with pytest.raises(UserError, match="weighs the loss of images, and kinetics has none"):
+        parse(["--config=configs/cover_ablations.py:kinetics,w0.75"])
+    assert parse(["--config=configs/cover_in21k.py:base"])[0].model.variant == "B/16"  # figure 4
 
 
 def test_iv_vit_is_the_paper_s_recipe():
@@ -194,6 +200,44 @@ def test_mevit_is_the_paper_s_default():
         assert (config.model.mixer, config.model.motion.block, config.model.motion.order) == ("motion", 2, "time_space")
         assert (config.model.pool, config.model.class_attention.blocks, config.model.class_token) == ("class_attention", 1, False)
         assert config.eval.views == "1x3" and config.tasks[name].short_side == (256, 320)
+
+
+ABLATION = {  # MEViT tables 1 to 3 -> depth, class-attention blocks (0: a class token all along), M, blocks that see time
+    **{f"m{side}": (12, 0, side, 12) for side in (1, 2, 3, 7, 14)},
+    **{f"{own}+{cls}": (own, cls, 2, own) for own, cls in ((9, 3), (10, 2), (11, 1), (12, 1))},
+    **{f"lt{blocks}": (12, 0, 2, blocks) for blocks in (0, 2, 4, 8, 12)},
+}
+
+
+@pytest.mark.parametrize("word", ABLATION)
+def test_mevit_s_ablations_start_from_an_image_model(word):
+    depth, class_attention, side, see_time = ABLATION[word]
+    config, _ = parse([f"--config=configs/mevit_k400.py:{word}"])
+    small = dict(width=8, heads=2, mlp_dim=12, frames=2, image_size=32)
+    model = config.model
+    model.update(small)
+    spec = build(model, {}).spec
+    assert (spec.depth, spec.motion.block) == (depth, side)
+    assert (spec.pool == "class_attention", spec.class_token) == (class_attention > 0, class_attention == 0)
+    assert class_attention in (0, spec.class_attention.blocks)
+    assert [block for block in range(depth) if spec.mixer == "motion" and spec.mixes(block)] == list(range(depth - see_time, depth))
+
+    images, _ = parse(["--config=configs/cover_images.py:b16"])
+    images.model.update(small, frames=1)
+    params = flat(build(images.model, {}).init(jax.random.key(0)))
+    weights = Pretrained("images", "vidjoint", {name: np.asarray(x) for name, x in params.items()}, images, {})
+    lines = [line for line in plan(weights, build(model, {}).abstract(), spec, {}, config.init_allow).lines if line.name.startswith("blocks/")]
+    blocks = {kind: {int(line.name.split("/")[1]) for line in lines if line.kind == kind} for kind in ("loaded", "unused")}
+    assert blocks == {"loaded": set(range(depth)), "unused": set(range(depth, 12))}
+
+
+@pytest.mark.parametrize("word", ["", "clip", "imagenet", "scratch"])
+def test_am_flow_takes_the_normalisation_of_its_backbone(word):
+    config, _ = parse([f"--config=configs/am_flow_ssv2.py:{word}"])
+    stored = base_config()
+    stored.model.update(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), gelu="quick")
+    adopted = adopt(config, stored).model
+    assert adopted.mean == ((0.485, 0.456, 0.406) if word == "scratch" else (0.1, 0.2, 0.3)) and adopted.gelu == "quick"
 
 
 def test_am_flow_trains_what_the_paper_trains():

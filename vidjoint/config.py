@@ -39,8 +39,9 @@ def base_config() -> ConfigDict:
     c.log_to = ("tensorboard",)  # where events go besides metrics.jsonl: tensorboard, wandb (Weights & Biases), mlflow; see vidjoint/trackers.py
     c.max_skipped = 10  # steps in a row with a loss or gradient that is not finite, which change nothing, before the run stops; 0: it goes on
     # folder of an earlier run or of imported weights, or a file of another project's weights (docs/weights.md), whose parameters this run starts
-    # from; heads of other label lists start anew
+    # from
     c.init_from = ""
+    c.init_heads = "matching"  # its classifiers: matching: those of the same class names are taken over; new: none, as in a transfer to a new head
     c.init_allow = ()  # regular expressions: parameters that may be new, or unused, though init_from gives no reason for it
 
     # Data

@@ -108,7 +108,7 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
     optimizer = optim.make_optimizer(config.optim, schedule, len(tasks))
     model = build(config.model, {name: len(task.labels) for name, task in tasks.items()})
     labels = {name: task.labels for name, task in tasks.items()}
-    start = weights and plan(weights, model.abstract(), model.spec, labels, config.init_allow)
+    start = weights and plan(weights, model.abstract(), model.spec, labels, config.init_allow, config.init_heads)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     mixture = Mixture(config, tasks, total_steps, functools.partial(sharding.local_rows, mesh=mesh), shards)
 

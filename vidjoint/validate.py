@@ -25,6 +25,7 @@ CHOICES = {
     "model.mixer": MIXERS,
     "model.pool": POOLS,
     "model.dtype": ("bfloat16", "float32"),
+    "init_heads": ("matching", "new"),
     "model.remat": ("none", *REMAT),
     "model.gelu": ("", *GELUS),
     "model.interpolation": ("", *INTERPOLATIONS),

@@ -117,6 +117,18 @@ def test_a_head_is_taken_over_only_with_its_class_names(tmp_path, labels):
     assert lines[1:] == [f"init_from={tmp_path} (step 7): 2 parameters {kind}: heads/actions/{{bias,kernel}}" for kind in ("new", "unused")]
 
 
+def test_all_heads_may_start_anew(tmp_path):
+    """As in a transfer to a dataset that the earlier run had, too (CoVeR 3.2)."""
+    config = model_config()
+    old = write_run(tmp_path, config)
+    fresh = draw(config, LABELS, 99)
+    planned = plan(open_weights(tmp_path), fresh, build(config.model, {}).spec, LABELS, heads="new")
+    heads = {name for name in old if name.startswith("heads/")}
+    assert_same(flat(planned.apply(fresh)), flat(fresh), heads)
+    assert_same(flat(planned.apply(fresh)), old, old.keys() - heads)
+    assert {line.name for line in planned.lines if line.kind == "unused"} == heads
+
+
 def test_tasks_that_come_and_go(tmp_path):
     config = model_config()
     old = write_run(tmp_path, config)

@@ -68,7 +68,9 @@ class Plan:
         return "".join(f"{line}\n" for line in (*lines, *unread))
 
 
-def plan(weights: Pretrained, new: Mapping, spec: ViTSpec, labels: Mapping[str, tuple[str, ...]], allow: tuple[str, ...] = ()) -> Plan:
+def plan(
+    weights: Pretrained, new: Mapping, spec: ViTSpec, labels: Mapping[str, tuple[str, ...]], allow: tuple[str, ...] = (), heads: str = "matching"
+) -> Plan:
     """Says what a new model takes over.
 
     Position tables are stretched to the new grid by the weights' own convention, and lose or gain the row of the class token; time tables are
@@ -83,13 +85,14 @@ def plan(weights: Pretrained, new: Mapping, spec: ViTSpec, labels: Mapping[str, 
       spec: that model's.
       labels: task -> class names of the new run.
       allow: regular expressions: parameters that may be new or unused though nothing explains it.
+      heads: matching, or new: no head is taken over.
 
     Raises:
       UserError: parameters differ in shape, or are new or unused without a reason; lists every one that is.
     """
     new, old, old_spec, start = flat(new), weights.params, spec_from_config(weights.config.model), f"init_from={weights.source}"
     found: Found = {name: ("loaded", value) for name, value in old.items() if name in new and not name.startswith("heads/")}
-    found |= _heads(weights, new, labels)
+    found |= _heads(weights, new, labels) if heads == "matching" else {}
     found |= _resized(old, old_spec, spec, new)
     found |= _inflated(found, old_spec, spec)
     found |= _copied(found, spec, new)
@@ -106,9 +109,9 @@ def plan(weights: Pretrained, new: Mapping, spec: ViTSpec, labels: Mapping[str, 
         shapes = {name: (list(old.get(name, found[name][1]).shape), list(new[name].shape)) for name in misfits}
         problems += sorted({fault.format(starred(name), *shapes[name]) for name in misfits})  # a line for all blocks
     heads_there = [name for name in old if name.startswith("heads/")]
-    heads = {name for name in heads_there if not any(value is old[name] for _, value in found.values())}
+    heads_left = {name for name in heads_there if not any(value is old[name] for _, value in found.values())}
     kinds = {name: found[name][0] if name in found else "new" for name in new}
-    unused = [name for name in old if name in heads or (name not in new and not name.startswith("heads/"))]
+    unused = [name for name in old if name in heads_left or (name not in new and not name.startswith("heads/"))]
     if "loaded" not in kinds.values() and not problems:
         problems.append(f"{start}: no parameter of it has a name of this model's")
     elif not problems:
