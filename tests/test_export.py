@@ -11,9 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import vidjoint
 from tests import tiny
+from tests.data.test_video import numbered, write
 from vidjoint import export, exported
 from vidjoint.config import base_config
 from vidjoint.data.examples import ClipSpec, views
@@ -121,6 +123,39 @@ def test_real_files_become_the_same_pixels(folder, loaded, shared_data):
             spec = ClipSpec(task, 3, (40, 56), loaded.config.data.max_pixels, "bicubic")
             made = export._preprocessing(spec, False)
             np.testing.assert_array_equal(module.read(str(file), made), views({"video": str(file)}, spec, 1, 1)[0], err_msg=file.name)
+
+
+def odd_files(folder) -> dict[str, Path]:
+    """Files whose heads tell little or mislead, and what they are to a task."""
+    pictures = [numbered(i) for i in range(40)]
+    files = {name: folder / name for name in ("moving.gif", "b_frames.avi", "late.mkv", "no_duration.mkv", "grey.pgm", "deep.png")}
+    first, *rest = (Image.fromarray(picture) for picture in pictures)
+    first.save(files["moving.gif"], save_all=True, append_images=rest, duration=40)
+    write(files["b_frames.avi"], pictures, gop=12)
+    write(files["late.mkv"], pictures, stamps=1200 + 20 * np.arange(40))
+    with open(files["no_duration.mkv"], "wb") as file:
+        write(NoSeek(file), pictures, container="matroska")
+    deep = np.random.default_rng(0).integers(0, 2**16, (30, 40), np.uint16)
+    files["grey.pgm"].write_bytes(b"P5 40 30 65535\n" + deep.astype(">u2").tobytes())
+    Image.fromarray(deep).save(files["deep.png"])
+    return files
+
+
+class NoSeek:
+    """A stream that can only be written on, as a pipe: what is known at the end alone is missing in its head."""
+
+    def __init__(self, file):
+        self.write = file.write
+
+
+@pytest.mark.parametrize("task", ["clips", "stills"])
+def test_odd_files_become_the_same_pixels(folder, loaded, tmp_path, task):
+    module, settings = reader(folder)
+    spec = clip_spec(loaded.config, task)
+    for name, file in odd_files(tmp_path).items():
+        media = "image" if name.endswith((".pgm", ".png")) or (name.endswith(".gif") and task == "stills") else "video"
+        want = np.broadcast_to(views({media: str(file)}, spec, 1, 1)[0], spec.shape)  # a picture is shown all the time
+        np.testing.assert_array_equal(module.read(str(file), settings[task]), want, err_msg=name)
 
 
 def test_the_folder_is_one_of_weights(folder, loaded, command, tmp_path):

@@ -253,6 +253,7 @@ def _preprocessing(clip: ClipSpec, multilabel: bool) -> dict:
     """How a file becomes the function's input: one view, in words and numbers that video.py follows."""
     settings, (height, width) = clip.settings, clip.size
     return {
+        "media": settings.media,
         "frames": clip.frames,
         "height": height,
         "width": width,

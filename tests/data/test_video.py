@@ -73,6 +73,8 @@ KINDS = {  # name of the file -> how it is written; 300 frames each, at 30 per s
     "variable.mkv": {"gop": 12, "stamps": True},
     "mpeg4.avi": {"codec": "mpeg4", "gop": 12, "b_frames": 0},
     "mpeg4_b_frames.avi": {"codec": "mpeg4", "gop": 12, "b_frames": 2},
+    "h264.avi": {"gop": 12, "b_frames": 0},
+    "h264_b_frames.avi": {"gop": 12},
     "gop30.ts": {"gop": 30},
     "gop30.flv": {"gop": 30},
 }
@@ -317,7 +319,7 @@ def test_crop_and_resize_in_one_equals_one_after_the_other():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
 def test_exif_orientation(orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -347,6 +349,18 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
     file = tmp_path / "-ä.png"
     file.write_bytes(encoded(changed, "TIFF" if mode == "CMYK" else "PNG"))
     np.testing.assert_allclose(read_image(file, whole)[0].astype(int), want, atol=1)
+
+
+def test_sixteen_bits_of_a_pgm():
+    grey = np.asarray(smooth().convert("L"))
+    header = f"P5 {grey.shape[1]} {grey.shape[0]} 65535\n".encode()
+    np.testing.assert_allclose(read_image(header + (grey.astype(">u2") * 257).tobytes(), whole)[0, ..., 0].astype(int), grey, atol=1)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_no_known_range_are_refused(dtype):
+    with pytest.raises(DecodeError, match="numbers of 32 bits, whose range nothing tells: convert it to 8 or 16 bits"):
+        read_image(encoded(Image.fromarray(np.asarray(smooth().convert("L")).astype(dtype)), "TIFF"), whole)
 
 
 def test_first_picture_of_an_animation():

@@ -58,8 +58,11 @@ def read_image(
         height, width = geometry.resize
         with one_line_reasons():
             image.draft("RGB", (height, width) if sideways else (width, height))  # JPEG: decode at 1/2, 1/4 or 1/8, not below what is wanted
-            if image.mode.startswith("I;16"):  # 16 bits a pixel: keep the upper ones, where convert() would clip
+            # 16 bits a pixel: keep the upper ones, where convert() would clip
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise DecodeError("its pixels are numbers of 32 bits, whose range nothing tells: convert it to 8 or 16 bits")
             picture = image.convert("RGB")
             if orientation in UPRIGHT:
                 picture = picture.transpose(UPRIGHT[orientation])
@@ -74,12 +77,14 @@ def read_image(
 
 @contextlib.contextmanager
 def _open_image(file: str | Path | bytes, max_pixels: int) -> Iterator[tuple[Image.Image, int]]:
-    """A picture whose pixels have not been decoded yet, and its EXIF orientation."""
+    """A picture whose pixels have not been decoded yet (but for TIFF), and its EXIF orientation."""
     with contextlib.ExitStack() as opened:
         with one_line_reasons():
             image = opened.enter_context(Image.open(opened.enter_context(open_file(file)), formats=IMAGE_FORMATS))
             if image.width * image.height > max_pixels:
                 raise DecodeError(f"its {image.width} x {image.height} pixels are more than the {max_pixels} allowed (data.max_pixels)")
+            if image.format == "TIFF":
+                image.load()  # Pillow turns it upright then, and takes the note of it away
             orientation = 1
             with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse the picture
                 orientation = image.getexif().get(EXIF_ORIENTATION, 1)

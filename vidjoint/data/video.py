@@ -195,6 +195,11 @@ class Video:
                 other.discard = Discard.all
 
         self._stamp = INDEX_STAMP.get(self._container.format.name)
+        # AVI holds no presentation times. With B-frames of these codecs FFmpeg makes some up, in the order of decoding: pictures come out rightly
+        # ordered all the same
+        self._made_up = self._container.format.name == "avi" and context.name in ("h264", "hevc") and context.has_b_frames
+        if self._made_up:
+            self._stamp, self._chooses = None, False
         if self._stamp == "pts":  # Matroska reads its list of keyframes at the first seek
             try:
                 self._container.seek(stream.start_time or 0, stream=stream)
@@ -279,7 +284,8 @@ class Video:
             for frame in frames:
                 self.decoded += 1
                 self._check_size(frame.width, frame.height)
-                last = frame.pts if frame.pts is not None else (0 if last is None else last + step)
+                stamp = frame.dts if self._made_up else frame.pts
+                last = stamp if stamp is not None else (0 if last is None else last + step)
                 yield last, frame
             if drained:
                 return

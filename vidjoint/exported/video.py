@@ -4,32 +4,55 @@ import math
 
 import numpy as np
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif")
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")  # .gif is one for picture tasks
 
 
 def read(file: str, settings: dict) -> np.ndarray:
     """uint8[T, H, W, 3] in RGB, for a task's entry of preprocessing.json."""
-    if file.lower().endswith(PICTURES):
+    if file.lower().endswith(PICTURES) or (file.lower().endswith(".gif") and settings["media"] == "image"):
         return np.stack([_picture(file, settings)] * settings["frames"])
     import av
 
     with av.open(file) as container:
-        stream = container.streams.video[0]
-        frames, clip = (frame for frame in container.decode(stream) if frame.pts is not None), []
-        now = next(frames)
-        first, after = now.pts, next(frames, None)
-        ticks = float(stream.time_base)  # seconds
-        if stream.duration:
-            duration = ((stream.start_time if stream.start_time is not None else first) + stream.duration - first) * ticks
-        else:
-            duration = ((container.start_time or 0) + container.duration) / av.time_base - first * ticks
+        stream = container.streams.best("video")
+        frames, clip, ticks = _shown(container, stream), [], float(stream.time_base)  # seconds
+        first, now = next(frames)
+        duration = _duration(av, file, container, stream, first)
+        after = next(frames, None)
         length = min(settings["window_seconds"] or duration, duration)
         for i in range(settings["frames"]):  # a frame is shown until the next one's time
             wanted = first + math.floor(((duration - length) / 2 + (i + 0.5) * length / settings["frames"]) / ticks + 1e-3)
-            while after is not None and after.pts <= wanted:
-                now, after = after, next(frames, None)
+            while after is not None and after[0] <= wanted:
+                (_, now), after = after, next(frames, None)
             clip.append(_frame(now, settings))
     return np.stack(clip)
+
+
+def _shown(container, stream):
+    """Yields (time in ticks, frame) in order of display. AVI holds no times: with B-frames of these codecs those that PyAV gives are of no use."""
+    made_up = container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
+    step, last = max(1, round(1 / float(stream.time_base * (stream.guessed_rate or 25)))), None
+    for frame in container.decode(stream):
+        time = frame.dts if made_up else frame.pts
+        last = time if time is not None else (0 if last is None else last + step)
+        yield last, frame
+
+
+def _duration(av, file: str, container, stream, first: int) -> float:
+    """Seconds from the first displayed frame, at `first` ticks, to the end of the last one."""
+    ticks, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 0)
+    duration, frames = 0.0, stream.frames
+    if stream.duration:
+        duration = ((first if stream.start_time is None else stream.start_time) + stream.duration - first) * ticks
+    elif container.duration:  # from the first time stamp, but in Matroska from time 0
+        start = 0 if container.format.name == "matroska,webm" else container.start_time or 0
+        duration = (start + container.duration) / av.time_base - first * ticks
+    if duration <= 0 or not (frames > 0 or 0 < rate <= 240):  # the head does not tell: the packets do
+        with av.open(file) as again:
+            packets = [packet for packet in again.demux(again.streams[stream.index]) if packet.size]
+        ends = [packet.pts + (packet.duration or 0) for packet in packets if packet.pts is not None and packet.pts >= first]
+        duration, frames = (max(ends, default=first) - first) * ticks, len(packets)
+    return duration if duration > 0 else max(frames, 1) / (rate if 0 < rate <= 240 else 25.0)
 
 
 def _frame(frame, settings: dict) -> np.ndarray:
@@ -44,7 +67,10 @@ def _picture(file: str, settings: dict) -> np.ndarray:
     from PIL import Image, ImageOps
 
     with Image.open(file) as image:
-        picture = ImageOps.exif_transpose(image).convert("RGB")
+        picture = ImageOps.exif_transpose(image)
+        if picture.mode.startswith("I;16") or (picture.mode == "I" and image.format in ("PNG", "PPM")):  # 16 bits: the upper ones
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        picture = picture.convert("RGB")
     (height, width), (top, left) = _place(picture.height, picture.width, settings)
     down, right = picture.height / height, picture.width / width
     box = (left * right, top * down, (left + settings["width"]) * right, (top + settings["height"]) * down)
