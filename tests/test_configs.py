@@ -32,7 +32,7 @@ ARGUMENTS = {  # besides the default: every word that an experiment takes, at le
     "mevit_k400": ("16f", "m1", "m2", "m3", "m7", "m14", "9+3", "10+2", "11+1", "12+1", "lt0", "lt2", "lt4", "lt8", "lt12"),
     "mevit_k600": ("8f",),
     "mevit_ssv2": ("8f",),
-    "polyvit": ("task_by_task", "uniform", "weighted", "accumulated", "scratch"),
+    "polyvit": ("task_by_task", "uniform", "weighted", "accumulated", "scratch", "k400_i21k"),
     "timesformer_k400": ("joint", "space_only", "divided,hr", "long"),
 }
 VARIANTS = [f"configs/{name}.py:{argument}" for name, arguments in ARGUMENTS.items() for argument in arguments]

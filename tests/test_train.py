@@ -1,5 +1,6 @@
 """Runs: from the command line and from Python, interrupted in every way, resumed, refused; and what they leave behind."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from vidjoint.main import main
 from vidjoint.run_folder import RunFolder
 from vidjoint.stopping import StopSignal, Waiting
 from vidjoint.train import Log, Stopped, initial_state, prepare, train
+from vidjoint.weights.pretrained import flat, open_weights, write_folder
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENT = """
@@ -189,6 +191,19 @@ def test_a_run_starts_from_another_one(run, experiment):
     assert_bit_equal(jax.device_get(state.frozen), stored["frozen"])
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(state.opt_state))
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, setup.abstract_state)
+
+
+def test_a_run_starts_from_parts_of_others(run, experiment, tmp_path):
+    """The parameters of init_parts take the place of those of init_from; a path that isn't there is told by the key's name."""
+    start = [f"--config={experiment}/experiment.py", f"--config.init_from={run}", "--config.total_steps=6"]
+    folder = tmp_path / "others"
+    weights = open_weights(run)
+    write_folder(dataclasses.replace(weights, params={name: array + 1 for name, array in weights.params.items()}), folder)
+    whole, mixed = (initial_state(prepare(parse([*start, *more])[0])) for more in ([], [f"--config.init_parts=('embed/.*={folder}',)"]))
+    for name, array in flat(mixed.params | mixed.frozen).items():
+        np.testing.assert_array_equal(array, flat(whole.params | whole.frozen)[name] + name.startswith("embed/"), err_msg=name)
+    with pytest.raises(UserError, match="init_parts: /gone does not exist"):
+        prepare(parse([*start, "--config.init_parts=('embed/.*=/gone',)"])[0])
 
 
 def test_init_from_need_not_exist_any_more_when_a_run_resumes(experiment):

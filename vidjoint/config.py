@@ -42,6 +42,7 @@ def base_config() -> ConfigDict:
     # from
     c.init_from = ""
     c.init_heads = "matching"  # its classifiers: matching: those of the same class names are taken over; new: none, as in a transfer to a new head
+    c.init_parts = ()  # parameters from other weights than init_from's, as "REGEX=PATH": "embed/video_.*=runs/vivit_k400"
     c.init_allow = ()  # regular expressions: parameters that may be new, or unused, though init_from gives no reason for it
 
     # Data

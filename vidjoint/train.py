@@ -67,13 +67,14 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
     Raises:
       UserError: everything the user can put right, reported together.
     """
-    no_weights, weights = [], None
+    no_weights, weights, parts = [], None, []
     if config.init_from and not resumes:
         try:
             weights = open_weights(config.init_from)
             config = adopt(config, weights.config)
+            parts = [(pattern, open_weights(path)) for pattern, _, path in (part.partition("=") for part in config.init_parts)]
         except UserError as error:
-            no_weights = [f"init_from: {line}" for line in error.lines]
+            no_weights = [f"{'init_parts' if weights else 'init_from'}: {line}" for line in error.lines]
     problems = validate.check(config)
     config_is_sound, tasks_are_sound = not problems, not any(line.startswith("tasks.") for line in problems)
 
@@ -108,7 +109,7 @@ def prepare(config: ConfigDict, resumes: bool = False) -> Setup:
     optimizer = optim.make_optimizer(config.optim, schedule, len(tasks))
     model = build(config.model, {name: len(task.labels) for name, task in tasks.items()})
     labels = {name: task.labels for name, task in tasks.items()}
-    start = weights and plan(weights, model.abstract(), model.spec, labels, config.init_allow, config.init_heads)
+    start = weights and plan(weights, model.abstract(), model.spec, labels, config.init_allow, config.init_heads, parts)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     mixture = Mixture(config, tasks, total_steps, functools.partial(sharding.local_rows, mesh=mesh), shards)
 

@@ -70,7 +70,7 @@ LARGEST = 2**63  # what JAX takes for a seed
 MOST_PARAMETERS, MOST_DEPTH = 10**12, 1000  # of a model
 MOST_PIXELS, MOST_BATCH = 2**33, 2**42  # bytes of a clip with all its views, of a batch of one task
 VARIANT = re.compile(r"(\w+)/([1-9]\d*)")
-TEXTS = ("log_to", "task_order", "optim.freeze", "init_allow")  # tuples of texts; all others are of numbers
+TEXTS = ("log_to", "task_order", "optim.freeze", "init_allow", "init_parts")  # tuples of texts; all others are of numbers
 PAIRS = ("image_size", "short_side", "area", "aspect")
 
 
@@ -84,11 +84,15 @@ def check(config: ConfigDict, trains: bool = True) -> list[str]:
     if problems:
         return problems
     problems = _check_numbers(config, CHOICES, POSITIVE, NOT_NEGATIVE)
-    for pattern in config.init_allow:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            problems.append(f"init_allow: {pattern!r} is no regular expression ({error}): correct it")
+    for key, patterns in (("init_allow", config.init_allow), ("init_parts", [part.partition("=")[0] for part in config.init_parts])):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(f"{key}: {pattern!r} is no regular expression ({error}): correct it")
+    problems += [f"init_parts: {part!r}: write REGEX=PATH" for part in config.init_parts if not all(part.partition("="))]
+    if config.init_parts and not config.init_from:
+        problems.append("init_parts takes parameters in place of those of init_from: set init_from, too")
     if trains and min(config.total_steps, config.total_epochs) >= 0 and bool(config.total_steps) == bool(config.total_epochs):
         problems.append(f"total_steps={config.total_steps} and total_epochs={config.total_epochs}: give exactly one of them")
     problems += trackers.check(config.log_to) if trains else []

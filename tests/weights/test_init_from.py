@@ -235,6 +235,29 @@ def test_an_embedding_for_videos_is_made_from_that_of_images(tmp_path, tubelet, 
     assert_same(found, old, fresh.keys() - VIDEO - {"embed/position", "embed/time"})
 
 
+def test_parts_come_from_other_weights(tmp_path):
+    """As in IV-ViT 5.4: the embedding of videos is a video model's, that of images another image model's, the rest is the first's."""
+    old = write_run(tmp_path / "a", model_config(mixer="joint"), seed=1)
+    video = write_run(tmp_path / "b", model_config(mixer="none", embed="separate", tubelet=2, pool="temporal_encoder", image_size=24), seed=3)
+    image = write_run(tmp_path / "c", model_config(mixer="none", frames=1), seed=5)
+    config = model_config(mixer="joint", embed="separate", tubelet=2)
+    fresh, spec = draw(config, LABELS, 99), build(config.model, {}).spec
+    parts = [("embed/video_.*", open_weights(tmp_path / "b")), (r"embed/(proj/.*|position|class_token)", open_weights(tmp_path / "c"))]
+    planned = plan(open_weights(tmp_path / "a"), fresh, spec, LABELS, parts=parts)
+    found = flat(planned.apply(fresh))
+    assert_same(found, video, ["embed/video_proj/kernel", "embed/video_proj/bias"])
+    np.testing.assert_allclose(found["embed/video_position"], resize_position(video["embed/video_position"], 1, (3, 3), (2, 2)), atol=1e-6)
+    assert_same(found, image, ["embed/proj/kernel", "embed/proj/bias", "embed/position", "embed/class_token"])
+    assert_same(found, old, [name for name in old if not name.startswith("embed/")])
+    assert f"loaded    embed/video_proj/bias  [8]  <- {tmp_path / 'b'}" in planned.table().splitlines()
+    assert planned.summary()[-2:] == [
+        f"init_from={tmp_path / 'a'}: 3 parameters are those of {tmp_path / 'b'}: embed/video_position, embed/video_proj/{{bias,kernel}}",
+        f"init_from={tmp_path / 'a'}: 4 parameters are those of {tmp_path / 'c'}: embed/{{class_token,position}}, embed/proj/{{bias,kernel}}",
+    ]
+    with pytest.raises(UserError, match=r"init_parts: .*a has nothing for this model that 'pool/.*' names"):
+        plan(open_weights(tmp_path / "a"), fresh, spec, LABELS, parts=[("pool/.*", open_weights(tmp_path / "a"))])
+
+
 def test_separate_embeddings_are_taken_over_stretched_and_left(tmp_path):
     old = write_run(tmp_path, model_config(embed="separate"))
     found, fresh, lines = load(tmp_path, model_config(embed="separate", image_size=40))

@@ -1,8 +1,9 @@
 """Starting a model from pretrained weights: what fits is taken, what is missing is made from it, and every parameter is accounted for."""
 
+import functools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flax import traverse_util
@@ -69,7 +70,13 @@ class Plan:
 
 
 def plan(
-    weights: Pretrained, new: Mapping, spec: ViTSpec, labels: Mapping[str, tuple[str, ...]], allow: tuple[str, ...] = (), heads: str = "matching"
+    weights: Pretrained,
+    new: Mapping,
+    spec: ViTSpec,
+    labels: Mapping[str, tuple[str, ...]],
+    allow: tuple[str, ...] = (),
+    heads: str = "matching",
+    parts: Sequence[tuple[str, Pretrained]] = (),
 ) -> Plan:
     """Says what a new model takes over.
 
@@ -86,10 +93,14 @@ def plan(
       labels: task -> class names of the new run.
       allow: regular expressions: parameters that may be new or unused though nothing explains it.
       heads: matching, or new: no head is taken over.
+      parts: regular expression, other weights: what a new model would take over of those replaces the parameters whose names match.
 
     Raises:
-      UserError: parameters differ in shape, or are new or unused without a reason; lists every one that is.
+      UserError: parameters differ in shape, or are new or unused without a reason; lists every one that is. Or a part has nothing that matches.
     """
+    if parts:
+        base = plan(weights, new, spec, labels, (*allow, *(pattern for pattern, _ in parts)), heads)
+        return functools.reduce(_with_part, [(pattern, plan(other, new, spec, labels, (".*",), heads)) for pattern, other in parts], base)
     new, old, old_spec, start = flat(new), weights.params, spec_from_config(weights.config.model), f"init_from={weights.source}"
     found: Found = {name: ("loaded", value) for name, value in old.items() if name in new and not name.startswith("heads/")}
     found |= _heads(weights, new, labels) if heads == "matching" else {}
@@ -137,6 +148,19 @@ def plan(
         odd = [key for key in odd if key != "pool"]
     warnings = [f"model.{key} was {getattr(old_spec, key)} there and is {getattr(spec, key)} here: is that meant?" for key in odd]
     return Plan(weights, found, tuple(lines), tuple(warnings))
+
+
+def _with_part(start: Plan, part: tuple[str, Plan]) -> Plan:
+    """The plan with parameters of another one in place of its own, where their names match."""
+    pattern, other = part
+    source = other.weights.source
+    taken = {name: value for name, value in other.found.items() if re.fullmatch(pattern, name)}
+    if not taken:
+        raise UserError(f"init_parts: {source} has nothing for this model that {pattern!r} names: python -m vidjoint.weights inspect lists it")
+    theirs = {line.name: replace(line, made_from=(source, *line.made_from)) for line in other.lines if line.name in taken and line.kind != "unused"}
+    lines = tuple(theirs.get(line.name, line) if line.kind != "unused" else line for line in start.lines)
+    told = f"{len(taken)} parameters are those of {source}: {shortened(list(taken))}"
+    return replace(start, found=start.found | taken, lines=lines, warnings=(*start.warnings, told))
 
 
 def shortened(names: list[str]) -> str:
