@@ -51,6 +51,21 @@ def mlp(x, p, tanh=False):
     return dense(hidden, p["fc2"])
 
 
+def scaled(residual, block, name):
+    """LayerScale, where the block has it."""
+    return residual * block[name]["gamma"] if name in block else residual
+
+
+def attention_residual(x, block, heads):
+    """What a block's attention adds to [..., N, D]."""
+    return scaled(attention(layer_norm(x, block["norm1"]), block["attn"], heads), block, "scale1")
+
+
+def mlp_residual(x, block):
+    """What a block's MLP adds to [..., D]."""
+    return scaled(mlp(layer_norm(x, block["norm2"]), block["mlp"]), block, "scale2")
+
+
 def embed(pixels, p, patch, mean=0.5, std=0.5, time=False):
     """uint8[B, T, H, W, 3] -> patches [B, T, N, D] (with position and time) and the class token [D] (with position)."""
     b, t, height, width, _ = pixels.shape
@@ -73,8 +88,8 @@ def frame_wise(pixels, p, heads, patch):
     for t in range(pixels.shape[1]):
         x = np.concatenate([np.broadcast_to(token, (len(pixels), 1, token.size)), patches[:, t]], axis=1)
         for block in ordered(p["blocks"]):
-            x = x + attention(layer_norm(x, block["norm1"]), block["attn"], heads)
-            x = x + mlp(layer_norm(x, block["norm2"]), block["mlp"])
+            x = x + attention_residual(x, block, heads)
+            x = x + mlp_residual(x, block)
         features.append(layer_norm(x, p["norm"])[:, 0])
     return np.mean(features, axis=0)
 
@@ -93,12 +108,12 @@ def divided(pixels, p, heads, patch, skip_images=False):
             patches = patches + moved
         cls_residuals, spatial = [], np.zeros_like(patches)
         for t in range(frames):
-            y = attention(layer_norm(np.concatenate([cls[:, None], patches[:, t]], axis=1), block["norm1"]), block["attn"], heads)
+            y = attention_residual(np.concatenate([cls[:, None], patches[:, t]], axis=1), block, heads)
             cls_residuals.append(y[:, 0])
             spatial[:, t] = y[:, 1:]
         cls, patches = cls + np.mean(cls_residuals, axis=0), patches + spatial
-        cls = cls + mlp(layer_norm(cls, block["norm2"]), block["mlp"])
-        patches = patches + mlp(layer_norm(patches, block["norm2"]), block["mlp"])
+        cls = cls + mlp_residual(cls, block)
+        patches = patches + mlp_residual(patches, block)
     return layer_norm(cls, p["norm"])
 
 
@@ -108,8 +123,8 @@ def joint(pixels, p, heads, patch):
     b, frames, n, width = patches.shape
     x = np.concatenate([np.broadcast_to(token, (b, 1, width)), patches.reshape(b, frames * n, width)], axis=1)
     for block in ordered(p["blocks"]):
-        x = x + attention(layer_norm(x, block["norm1"]), block["attn"], heads)
-        x = x + mlp(layer_norm(x, block["norm2"]), block["mlp"])
+        x = x + attention_residual(x, block, heads)
+        x = x + mlp_residual(x, block)
     return layer_norm(x, p["norm"])[:, 0]
 
 
@@ -139,9 +154,9 @@ def token_shift(pixels, p, heads, patch, fold, tokens, next_first):
 
     for block in ordered(p["blocks"]):
         x = moved(x)
-        x = x + attention(layer_norm(x, block["norm1"]), block["attn"], heads)
+        x = x + attention_residual(x, block, heads)
         x = moved(x)
-        x = x + mlp(layer_norm(x, block["norm2"]), block["mlp"])
+        x = x + mlp_residual(x, block)
     return layer_norm(x, p["norm"])[:, :, 0].mean(1)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.models.oracles import attention, dense, embed, layer_norm, mlp, ordered, softmax
+from tests.models.oracles import attention_residual, dense, embed, layer_norm, mlp_residual, ordered, softmax
 
 
 def soft_sums(logits, axis):
@@ -175,15 +175,14 @@ def features(pixels, p, spec):
     x = np.concatenate([np.broadcast_to(token, (*patches.shape[:2], 1, spec.width)), patches], axis=2)
     shared, branches = p["blocks"]["0"]["mixer"].get("shared"), []
     for index, block in enumerate(ordered(p["blocks"])):
-        mixer, y = block["mixer"], layer_norm(x, block["norm1"])
-        change = None
+        mixer, change = block["mixer"], None
         if spec.mixes(index) and settings.flow != "none":
-            q, k, _ = np.split(dense(y, block["attn"]["qkv"]), 3, axis=-1)
+            q, k, _ = np.split(dense(layer_norm(x, block["norm1"]), block["attn"]["qkv"]), 3, axis=-1)
             q, k = (z.reshape(*z.shape[:-1], spec.heads, -1) for z in (q, k))
             change = flow(q, k, settings, 1, mixer.get("encoder"))
-        out, embedding = adapter(attention(y, block["attn"], spec.heads), x, change, mixer["attention_adapter"], shared, settings, (index, 0))
+        out, embedding = adapter(attention_residual(x, block, spec.heads), x, change, mixer["attention_adapter"], shared, settings, (index, 0))
         x = x + out
-        out, other = adapter(mlp(layer_norm(x, block["norm2"]), block["mlp"]), x, None, mixer["mlp_adapter"], shared, settings, (index, 1))
+        out, other = adapter(mlp_residual(x, block), x, None, mixer["mlp_adapter"], shared, settings, (index, 1))
         x = x + out
         if spec.mixes(index) and settings.tpu != "none":
             branches += [tpu(embedding, mixer["attention_tpu"], settings), tpu(other, mixer["mlp_tpu"], settings)]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.models.oracles import attention, dense, layer_norm, mlp, ordered
+from tests.models.oracles import attention_residual, dense, layer_norm, mlp_residual, ordered
 
 
 def tubelets(pixels, p, patch, depth, time=False):
@@ -33,8 +33,8 @@ def tubelets(pixels, p, patch, depth, time=False):
 def encoder(x, blocks, heads):
     """Plain ViT blocks on [..., N, D]."""
     for block in ordered(blocks):
-        x = x + attention(layer_norm(x, block["norm1"]), block["attn"], heads)
-        x = x + mlp(layer_norm(x, block["norm2"]), block["mlp"])
+        x = x + attention_residual(x, block, heads)
+        x = x + mlp_residual(x, block)
     return x
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.models.oracles import attention, dense, layer_norm, mlp, ordered, softmax
+from tests.models.oracles import attention_residual, dense, layer_norm, mlp_residual, ordered, scaled, softmax
 
 
 def motion_attention(x, p, heads, grid, side):
@@ -35,13 +35,13 @@ def motion_block(x, p, heads, grid, side, prefix, order):
 
     if order == "time_space":
         move()
-    residual = attention(layer_norm(x, p["norm1"]), p["attn"], heads)
+    residual = attention_residual(x, p, heads)
     for c in range(prefix):
         residual[:, :, c] = residual[:, :, c].mean(axis=1, keepdims=True)
     x += residual
     if order == "space_time":
         move()
-    return x + mlp(layer_norm(x, p["norm2"]), p["mlp"])
+    return x + mlp_residual(x, p)
 
 
 def class_attention(x, p, norm, heads, prefix, token_is_key):
@@ -56,8 +56,8 @@ def class_attention(x, p, norm, heads, prefix, token_is_key):
             q = np.split(dense(layer_norm(z, block["norm1"]), block["attn"]["qkv"]), 3)[0]
             _, k, v = np.split(dense(keys, block["attn"]["qkv"]), 3, axis=-1)
             s = [softmax(k[:, i : i + d] @ q[i : i + d] / np.sqrt(d)) @ v[:, i : i + d] for i in range(0, width, d)]
-            z = z + dense(np.concatenate(s), block["attn"]["proj"])
-            z = z + mlp(layer_norm(z, block["norm2"]), block["mlp"])
+            z = z + scaled(dense(np.concatenate(s), block["attn"]["proj"]), block, "scale1")
+            z = z + mlp_residual(z, block)
         features.append(layer_norm(z, norm))
     return np.stack(features)
 
@@ -68,6 +68,6 @@ def temporal_encoder(x, p, norm, heads, prefix):
     frames = x[:, :, 0] if prefix else x.mean(axis=2)
     z = np.concatenate([np.broadcast_to(p["class_token"], (len(x), 1, x.shape[-1])), frames + p["time"]], axis=1)
     for block in ordered(p["blocks"]):
-        z = z + attention(layer_norm(z, block["norm1"]), block["attn"], heads)
-        z = z + mlp(layer_norm(z, block["norm2"]), block["mlp"])
+        z = z + attention_residual(z, block, heads)
+        z = z + mlp_residual(z, block)
     return layer_norm(z, p["norm"])[:, 0]

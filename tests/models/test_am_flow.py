@@ -193,8 +193,8 @@ def clip(frames: int) -> np.ndarray:
 
 
 MODELS = [
-    (dict(mixer_blocks=(-1,)), dict(flow="vanilla", tpu="transformer"), 4),
-    (dict(depth=1), dict(flow="none", adapter="serial", tpu="lstm"), 3),
+    (dict(mixer_blocks=(-1,), layer_scale=0.1), dict(flow="vanilla", tpu="transformer"), 4),
+    (dict(depth=1, layer_scale=0.1), dict(flow="none", adapter="serial", tpu="lstm"), 3),
     ({}, dict(flow="aligned", adapter="hyperformer", tpu="tcn"), 3),
     (dict(depth=1), dict(flow="aligned", flow_last="repeat", adapter="compacter", tpu="transformer"), 1),
 ]

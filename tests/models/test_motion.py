@@ -26,22 +26,22 @@ def tokens(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("side", "grid", "frames", "order", "fc", "class_token"),
+    ("side", "grid", "frames", "order", "fc", "class_token", "layer_scale"),
     [
-        (1, (4, 5), 3, "time_space", True, True),
-        (1, (4, 5), 1, "space_time", True, False),
-        (2, (4, 6), 3, "time_space", True, False),  # divides the grid
-        (2, (4, 5), 3, "space_time", True, True),  # reaches over one edge
-        (2, (4, 5), 1, "time_space", False, True),
-        (3, (4, 5), 3, "time_space", False, False),  # over both
-        (3, (7, 7), 2, "space_time", False, True),
-        (3, (7, 7), 1, "time_space", True, True),
-        (5, (4, 5), 3, "time_space", True, True),  # one block, of more rows than there are
+        (1, (4, 5), 3, "time_space", True, True, 0.0),
+        (1, (4, 5), 1, "space_time", True, False, 0.0),
+        (2, (4, 6), 3, "time_space", True, False, 0.1),  # divides the grid
+        (2, (4, 5), 3, "space_time", True, True, 0.1),  # reaches over one edge
+        (2, (4, 5), 1, "time_space", False, True, 0.0),
+        (3, (4, 5), 3, "time_space", False, False, 0.0),  # over both
+        (3, (7, 7), 2, "space_time", False, True, 0.0),
+        (3, (7, 7), 1, "time_space", True, True, 0.0),
+        (5, (4, 5), 3, "time_space", True, True, 0.0),  # one block, of more rows than there are
     ],
 )
-def test_motion_attention_equals_its_definition(side, grid, frames, order, fc, class_token):
+def test_motion_attention_equals_its_definition(side, grid, frames, order, fc, class_token, layer_scale):
     pool = "class_token" if class_token else "average"
-    model = tiny(depth=1, mixer="motion", motion=MotionSpec(side, order, fc), class_token=class_token, pool=pool)
+    model = tiny(depth=1, mixer="motion", motion=MotionSpec(side, order, fc), class_token=class_token, pool=pool, layer_scale=layer_scale)
     params, x = random_params(model), tokens(2, frames, class_token + grid[0] * grid[1], 24)
     block = oracles.numpy_tree(params)["blocks"]["0"]
     assert ("temporal_fc" in block["mixer"]) == fc

@@ -47,11 +47,13 @@ def test_means_and_single_tokens_equal_their_definitions():
 
 
 @pytest.mark.parametrize(
-    ("keys", "blocks", "frames", "class_token"), [("patches", 1, 3, False), ("patches", 2, 1, True), ("all", 1, 1, False), ("all", 2, 3, True)]
+    ("keys", "blocks", "frames", "class_token", "layer_scale"),
+    [("patches", 1, 3, False, 0.1), ("patches", 2, 1, True, 0.0), ("all", 1, 1, False, 0.0), ("all", 2, 3, True, 0.0)],
 )
-def test_class_attention_equals_its_definition(keys, blocks, frames, class_token):
+def test_class_attention_equals_its_definition(keys, blocks, frames, class_token, layer_scale):
     """With two blocks the second one sees the patches as they were: the stage updates the class token only."""
-    model = tiny(depth=1, pool="class_attention", class_attention=ClassAttentionSpec(blocks, keys), class_token=class_token)
+    stage = ClassAttentionSpec(blocks, keys)
+    model = tiny(depth=1, pool="class_attention", class_attention=stage, class_token=class_token, layer_scale=layer_scale)
     result, p, x, norm = pooled(model, frames)
     expected = oracles_motion.class_attention(x, p, norm, 3, int(class_token), keys == "all")
     np.testing.assert_allclose(result, expected, atol=1e-5)

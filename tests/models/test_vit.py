@@ -39,18 +39,18 @@ def clip(frames: int, height: int = 24, width: int = 24, batch: int = 2) -> np.n
     return np.random.default_rng(1).integers(0, 256, (batch, frames, height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("frames", [1, 4])
-def test_frame_wise_equals_its_definition(frames):
-    model = tiny(mixer="none")
+@pytest.mark.parametrize(("frames", "layer_scale"), [(1, 0.0), (4, 0.1)])
+def test_frame_wise_equals_its_definition(frames, layer_scale):
+    model = tiny(mixer="none", layer_scale=layer_scale)
     params = random_params(model)
     expected = oracles.frame_wise(clip(frames), oracles.numpy_tree(params), 3, 8)
     np.testing.assert_allclose(features(model, params, clip(frames)), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("image_temporal", ["affine", "skip"])
-@pytest.mark.parametrize("frames", [1, 4])
-def test_divided_attention_equals_its_definition(frames, image_temporal):
-    model = tiny(mixer="divided", frames=frames, divided=DividedSpec(image_temporal=image_temporal))
+@pytest.mark.parametrize(("frames", "image_temporal", "layer_scale"), [(1, "affine", 0.1), (4, "affine", 0.0), (1, "skip", 0.0), (4, "skip", 0.1)])
+def test_divided_attention_equals_its_definition(frames, image_temporal, layer_scale):
+    """LayerScale is of the image model's own residuals: the temporal branch has none."""
+    model = tiny(mixer="divided", frames=frames, divided=DividedSpec(image_temporal=image_temporal), layer_scale=layer_scale)
     params = random_params(model)
     expected = oracles.divided(clip(frames), oracles.numpy_tree(params), 3, 8, skip_images=image_temporal == "skip")
     np.testing.assert_allclose(features(model, params, clip(frames)), expected, atol=1e-5)
@@ -67,9 +67,9 @@ def test_divided_attention_on_an_image_is_an_affine_map():
     assert np.abs(features(model, params, clip(4)) - features(model, other, clip(4))).max() > 1e-3
 
 
-@pytest.mark.parametrize("frames", [1, 4])
-def test_joint_attention_equals_its_definition(frames):
-    model = tiny(mixer="joint", frames=frames)
+@pytest.mark.parametrize(("frames", "layer_scale"), [(1, 0.0), (4, 0.1)])
+def test_joint_attention_equals_its_definition(frames, layer_scale):
+    model = tiny(mixer="joint", frames=frames, layer_scale=layer_scale)
     params = random_params(model)
     np.testing.assert_allclose(features(model, params, clip(frames)), oracles.joint(clip(frames), oracles.numpy_tree(params), 3, 8), atol=1e-5)
 
