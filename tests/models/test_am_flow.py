@@ -211,6 +211,21 @@ def test_whole_models_equal_their_definition(spec, changes, frames):
     np.testing.assert_allclose(found, oracle.features(clip(frames), oracles.numpy_tree(params), model.spec), atol=1e-5)
 
 
+def test_logits_are_the_mean_of_the_branches_logits():
+    """Classification head: of the image model's last frame and of two units in each AM block, with a kernel for each of them."""
+    model = Model(dataclasses.replace(TINY, mixer_blocks=(-1,), am_flow=settings(flow="vanilla", tpu="tcn")), (("actions", 5), ("digits", 3)))
+    params = random_like(model.abstract())
+    tree = oracles.numpy_tree(params)
+    parts = np.split(oracle.features(clip(3), tree, model.spec), [16, 22], axis=-1)
+    assert [part.shape for part in parts] == [(2, 16), (2, 6), (2, 6)]
+    logits = jax.jit(model.logits)(params, clip(3))
+    assert set(logits) == {"actions", "digits"}
+    for task, found in logits.items():
+        head = tree["heads"][task]
+        each = [part @ kernel for part, kernel in zip(parts, np.split(head["kernel"], [16, 22]), strict=True)]
+        np.testing.assert_allclose(found, np.mean(each, axis=0) + head["bias"], atol=1e-5)
+
+
 def test_a_fresh_model_is_the_bare_image_model():
     model, bare = (tiny(dict(depth=1, mixer=mixer), flow="vanilla", tpu="none") for mixer in ("am_flow", "none"))
     params = jax.jit(model.init)(jax.random.key(0))
