@@ -59,25 +59,29 @@ def normal(*shape, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-FLOWS = [
-    dict(flow="vanilla"),
-    dict(flow="vanilla", flow_heads="each", flow_tokens="patches", flow_softmax="queries", flow_last="repeat"),
-    dict(flow="aligned"),
-    dict(flow="aligned", flow_heads="each", flow_tokens="patches", flow_softmax="queries"),
-    dict(flow="aligned", flow_heads="each", flow_map="logits", encoder_input="tokens", flow_last="repeat"),
+FLOWS = [  # settings, and the number of registers
+    (dict(flow="vanilla"), 0),
+    (dict(flow="vanilla", flow_heads="each", flow_tokens="patches", flow_softmax="queries", flow_last="repeat"), 0),
+    (dict(flow="vanilla"), 2),
+    (dict(flow="vanilla", flow_tokens="patches"), 2),
+    (dict(flow="aligned"), 0),
+    (dict(flow="aligned", flow_heads="each", flow_tokens="patches", flow_softmax="queries"), 2),
+    (dict(flow="aligned", flow_heads="each", flow_map="logits", encoder_input="tokens", flow_last="repeat"), 2),
+    (dict(flow="aligned", flow_tokens="patches", encoder_input="tokens"), 2),
 ]
 
 
-@pytest.mark.parametrize("changes", FLOWS, ids=lambda changes: "-".join(changes.values()))
-def test_flow_equals_its_definition(changes):
+@pytest.mark.parametrize(("changes", "registers"), FLOWS, ids=lambda x: "-".join(x.values()) if isinstance(x, dict) else f"{x} registers")
+def test_flow_equals_its_definition(changes, registers):
     """Equations 2 to 5."""
-    spec = dataclasses.replace(TINY, am_flow=settings(**changes))
+    spec = dataclasses.replace(TINY, registers=registers, am_flow=settings(**changes))
     mixer, params = made(lambda rngs: AMFlow(spec, 0, rngs))
-    q, k = normal(2, 4, 5, 2, 8, seed=1), normal(2, 4, 5, 2, 8, seed=2)
+    special = 1 + registers
+    q, k = (normal(2, 4, special + 4, 2, 8, seed=seed) for seed in (1, 2))
     flow = run(mixer.flow, q, k)
-    assert flow.shape == (2, 4, 5, 2 if changes.get("flow_heads") == "each" else 1) and flow.dtype == jnp.float32
-    np.testing.assert_allclose(flow, oracle.flow(q, k, spec.am_flow, 1, params.get("encoder")), atol=1e-5)
-    assert not flow[:, :, 0].any() and not np.any(mixer.flow(q[:, :1], k[:, :1]))  # class token; a clip of one frame
+    assert flow.shape == (2, 4, special + 4, 2 if changes.get("flow_heads") == "each" else 1) and flow.dtype == jnp.float32
+    np.testing.assert_allclose(flow, oracle.flow(q, k, spec.am_flow, special, params.get("encoder")), atol=1e-5)
+    assert not flow[:, :, :special].any() and not np.any(mixer.flow(q[:, :1], k[:, :1]))  # class token and registers; a clip of one frame
 
 
 def test_flow_is_where_the_picture_changes():
