@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import am_flow_k400, am_flow_smarthome, am_flow_ssv2
+from configs.am_flow_base import FROZEN
 from tests.models import oracles
 from tests.models import oracles_am_flow as oracle
 from vidjoint import optim
@@ -26,7 +28,6 @@ from vidjoint.step import init_state, make_train_step
 
 SMALL = AMFlowSpec(bottleneck=8, hyper_width=4, encoder_width=12, encoder_mlp=20, encoder_heads=3, tpu_width=6, tpu_layers=2, tpu_mlp=12, tpu_heads=2)
 TINY = ViTSpec(width=16, depth=2, heads=2, mlp_dim=24, patch=8, frames=4, image_size=16, mixer="am_flow", pool="last_frame")
-FROZEN = ("embed/.*", r"blocks/\d+/(norm1|attn|norm2|mlp)/.*", "norm/.*")
 
 
 def settings(**changes) -> AMFlowSpec:
@@ -320,9 +321,8 @@ def test_the_image_model_stays_frozen():
 
 def test_parameters_are_those_of_the_paper():
     """Tables 1 and 2, within 1 %: backbone 86.58 M; adapters and heads 28 and 32 M; 12 aligning encoders 45 M; units 90, 54 and 360 M."""
-    settings = base_config().model
-    settings.update(variant="B/14", mixer="am_flow", pool="last_frame", image_size=518)  # the size that DINOv2's position table is for
-    settings.am_flow.flow = "aligned"
+    settings = am_flow_k400.get_config("transformer").model
+    settings.image_size = 518  # the size that DINOv2's position table is for
 
     def millions(depth: int) -> np.ndarray:
         """Backbone, adapters, aligning encoders, units, heads."""
@@ -343,9 +343,10 @@ def test_parameters_are_those_of_the_paper():
         changed = dataclasses.replace(spec, am_flow=dataclasses.replace(spec.am_flow, **changes))
         return count_parameters(nnx.eval_shape(lambda: nnx.state(make(changed, nnx.Rngs(0))))) / 1e6
 
-    expected |= dict(lstm=359.84, tcn=54.0)
-    found |= dict(lstm=24 * count(TPU, tpu="lstm", tpu_layers=4), tcn=24 * count(TPU, tpu="tcn", tpu_layers=3, tpu_width=384))
     assert found == pytest.approx(expected, rel=0.01)
+    for module in (am_flow_k400, am_flow_smarthome, am_flow_ssv2):
+        found = {unit: 24 * count(TPU, **module.get_config(unit).model.am_flow) for unit in ("transformer", "tcn", "lstm")}
+        assert found == pytest.approx(dict(transformer=90.0, tcn=54.0, lstm=359.84), rel=0.01)
     for kind in ("hyperformer", "compacter"):  # fewer parameters
         assert count(ADAPTERS[kind].make_shared, adapter=kind) < 0.8 * adapters
     small = dataclasses.replace(TINY, depth=12, mixer_blocks=(0, -1), am_flow=SMALL)  # AM/2(1, 12), table 3
