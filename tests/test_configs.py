@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs.am_flow_base import FROZEN
 from vidjoint import optim, validate
 from vidjoint.config import as_json, base_config, difference, load, parse
 from vidjoint.data.tasks import clip_spec
@@ -248,3 +249,43 @@ def test_am_flow_trains_what_the_paper_trains():
         trained, frozen = optim.split_frozen(parameters(build(config.model, classes(config))), config.optim.freeze)
         assert set(trained["blocks"]["0"]) == {"mixer"} and "embed" not in trained and "norm" not in trained
         assert count_parameters(frozen) / 1e6 == pytest.approx(85.71, rel=0.01)  # DINOv2-B/14 at 224 px
+
+
+@pytest.mark.parametrize("argument", ["k400.py:lstm,8f", "ssv2.py:tcn,24f", "smarthome.py", "k400.py:large"])
+def test_am_flow_freezes_whatever_an_image_model_has(argument):
+    """DINOv2's LayerScale and registers, and CLIP's norm before the blocks."""
+    config, _ = parse([f"--config=configs/am_flow_{argument}"])
+    config.model.update(depth=2, layer_scale=1.0, registers=4, pre_norm="layer_norm")
+    trained, frozen = optim.split_frozen(parameters(build(config.model, classes(config))), config.optim.freeze)
+    assert set(trained) == {"blocks", "heads"} and set(frozen) == {"blocks", "embed", "norm"}
+    assert {"registers", "norm"} <= set(frozen["embed"])
+    for i in "01":
+        assert set(trained["blocks"][i]) == {"mixer"}
+        assert set(frozen["blocks"][i]) == {"norm1", "attn", "scale1", "norm2", "mlp", "scale2"}
+
+
+AM_FLOW_WORDS = {  # what each word of table 4 changes
+    "": {},
+    "no_flow": dict(flow="none"),
+    "no_encoder": dict(flow="vanilla"),
+    "scratch": dict(freeze=(), init_from=""),
+    "hyperformer": dict(adapter="hyperformer"),
+    "compacter": dict(adapter="compacter"),
+    "serial": dict(adapter="serial"),
+    "large": dict(variant="L/14", init_from="checkpoints/dinov2_l14"),
+    "8f": dict(frames=8),
+    "24f": dict(frames=24),
+    "32f": dict(frames=32),
+}
+
+
+@pytest.mark.parametrize(("name", "flow", "frames"), [("k400", "aligned", 8), ("ssv2", "aligned", 24), ("smarthome", "vanilla", 8)])
+def test_am_flow_s_ablations_are_the_paper_s(name, flow, frames):
+    default = dict(flow=flow, adapter="parallel", freeze=FROZEN, init_from="checkpoints/dinov2_b14", variant="B/14", frames=frames)
+    absent = ("no_encoder", "32f") if name == "smarthome" else ()  # its flow has no encoder to leave out
+    for word, changes in AM_FLOW_WORDS.items():
+        if word in absent:
+            continue
+        config, _ = parse([f"--config=configs/am_flow_{name}.py:{word}"])
+        found = {key: config.model.am_flow[key] for key in ("flow", "adapter")} | {key: config.model[key] for key in ("variant", "frames")}
+        assert found | dict(freeze=config.optim.freeze, init_from=config.init_from) == default | changes, word
