@@ -162,6 +162,31 @@ def test_cover_s_ablations():
     assert parse(["--config=configs/cover_in21k.py:base"])[0].model.variant == "B/16"  # figure 4
 
 
+@pytest.mark.parametrize(
+    ("size", "frames", "stride", "side", "short_side"),
+    [("base", 8, 32, 224, (256, 320)), ("hr", 16, 16, 448, (448, 512)), ("long", 96, 4, 224, (256, 320))],
+)
+@pytest.mark.parametrize("attention", ["divided", "joint", "space_only"])
+def test_timesformer_is_the_published_recipe(attention, size, frames, stride, side, short_side):
+    """TimeSformer's code: its attention, its three inputs, a window of frames x stride at 30 frames a second, and one recipe for all."""
+    config, _ = parse([f"--config=configs/timesformer_k400.py:{attention},{size}"])
+    assert (config.model.variant, config.model.frames, config.model.image_size) == ("B/16", frames, side)
+    mixer, pool = ("none", "frame_mean") if attention == "space_only" else (attention, "class_token")
+    assert (config.model.mixer, config.model.pool, config.model.drop_path) == (mixer, pool, 0.1)
+    recipe = config.optim
+    assert (recipe.name, recipe.lr, recipe.momentum, recipe.weight_decay, recipe.decay) == ("sgd", 5e-3, 0.9, 1e-4, "all")
+    assert (recipe.schedule, recipe.milestone_epochs, recipe.decay_factor) == ("step", (11, 14), 0.1)
+    assert (config.total_epochs, config.batch_size, config.loss.label_smoothing, config.loss.mixup) == (15, 64, 0, 0)
+    assert (config.eval.views, config.eval.average) == ("1x3", "logits")
+    (task,) = config.tasks.values()
+    assert (task.classes, task.sampler, task.crop, task.short_side, task.flip) == (400, "window", "short_side", short_side, True)
+    assert task.window_seconds == pytest.approx(frames * stride / 30)
+
+
+def test_timesformer_is_8_frames_of_divided_attention_by_default():
+    assert as_json(parse(["--config=configs/timesformer_k400.py"])[0]) == as_json(parse(["--config=configs/timesformer_k400.py:divided,base"])[0])
+
+
 def test_iv_vit_is_the_paper_s_recipe():
     """IV-ViT 5.1 to 5.3 and table 1."""
     config, _ = parse(["--config=configs/iv_vit.py"])
