@@ -201,8 +201,18 @@ def test_iv_vit_is_the_paper_s_recipe():
             assert (settings.media, settings.crop, settings.area, settings.aspect) == ("image", "area", (0.08, 1.0), (3 / 4, 4 / 3))
         else:
             assert (settings.sampler, settings.window_seconds, settings.crop, settings.short_side) == ("window", 2.67, "short_side", (224, 320))
+    assert (config.model.token_shift.fraction, config.model.token_shift.direction) == (1 / 8, "next_first")  # their code's
+    assert config.model.embed == "shared" and config.init_from
     assert parse(["--config=configs/iv_vit.py:separate"])[0].model.embed == "separate"
-    assert set(parse(["--config=configs/iv_vit.py:videos"])[0].tasks) == {"ucf101", "mini_kinetics"}
+    assert parse(["--config=configs/iv_vit.py:scratch"])[0].init_from == ""
+
+
+@pytest.mark.parametrize(("word", "names"), [("images", ("tiny_imagenet", "cifar100")), ("videos", ("ucf101", "mini_kinetics"))])
+def test_iv_vit_of_one_kind_of_sets(word, names):
+    """Table 1: the same 20,000 steps for each of them."""
+    config, _ = parse([f"--config=configs/iv_vit.py:{word}"])
+    assert set(config.tasks) == set(names) and config.task_order == names
+    assert (config.total_steps, config.schedule, config.optim.per_task) == (2 * 20_000, "round_robin", "independent")
 
 
 def test_polyvit_is_the_paper_s_baseline():
@@ -216,6 +226,29 @@ def test_polyvit_is_the_paper_s_baseline():
         "ucf101": 3,
         "mini_kinetics": 3,
     }
+
+
+@pytest.mark.parametrize(
+    ("schedule", "updates", "budget", "per_task"),
+    [
+        ("alternating", 80_000, 0, "independent"),  # trained as IV-ViT is
+        ("task_by_task", 80_000, 20_000, "shared"),
+        ("uniform", 80_000, 0, "shared"),
+        ("weighted", 80_000, 20_000, "shared"),
+        ("accumulated", 20_000, 0, "shared"),
+    ],
+)
+def test_polyvit_s_schedules(schedule, updates, budget, per_task):
+    """IV-ViT's 20,000 steps of each of four sets; `accumulated` makes one update of four batches (Likhosherstov et al. 2021, 3.3)."""
+    config, _ = parse([f"--config=configs/polyvit.py:{schedule}"])
+    assert (config.schedule, config.total_steps, config.optim.per_task) == (schedule, updates, per_task)
+    assert set(config.tasks) == {"tiny_imagenet", "cifar100", "ucf101", "mini_kinetics"}
+    assert {task.steps for task in config.tasks.values()} == {budget}
+    own = {name: task.batch_size for name, task in config.tasks.items()}
+    images = 6 if schedule == "accumulated" else 0  # 0: config.batch_size
+    assert own == {"tiny_imagenet": images, "cifar100": images, "ucf101": 3, "mini_kinetics": 3} and config.batch_size == 6
+    scratch, _ = parse([f"--config=configs/polyvit.py:{schedule},scratch"])
+    assert config.init_from and scratch.init_from == "" and scratch.schedule == schedule
 
 
 def test_mevit_is_the_paper_s_default():
