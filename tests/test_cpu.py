@@ -20,6 +20,8 @@ GIB = 2**30
         ({"batch_size": 7}, 4, 16, 1),
         ({"batch_size": 2}, 4, 16, 2),
         ({"batch_size": 64, "mesh.cpu_devices": 3}, 4, 16, 3),
+        ({"mesh.cpu_devices": 10**6}, 4, 16, 1024),
+        ({"mesh.data": 10**6}, 4, 16, 1024),
         ({"batch_size": 64, "mesh.data": 2, "mesh.tensor": 4}, 4, 16, 8),  # a mesh to be tried out
         ({"batch_size": 64, "mesh.tensor": 2}, 4, 16, 4),
         ({"batch_size": 64, "model.variant": "B/16"}, 8, 16, 2),  # 2 GB each for parameters, gradients and moments

@@ -193,6 +193,16 @@ def test_a_run_starts_from_another_one(run, experiment):
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, setup.abstract_state)
 
 
+def test_a_run_that_goes_on_keeps_what_it_began_from(run, experiment, caplog):
+    """It reads no weights again: saying so is better than a record of weights that it never saw."""
+    config, _ = parse([f"--config={experiment}/experiment.py", "--config.total_steps=6", "--config.checkpoint_every=4", "--config.eval_every=0"])
+    config.log_every, config.init_from = 3, "/gone"
+    train(config, run)
+    assert RunFolder(run).config.init_from == ""
+    (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING and "init_from" in record.message]
+    assert line == f"init_from=/gone is not read: the run in {run} began with '' and goes on; to begin anew give another --workdir"
+
+
 def test_a_run_starts_from_parts_of_others(run, experiment, tmp_path):
     """The parameters of init_parts take the place of those of init_from; a path that isn't there is told by the key's name."""
     start = [f"--config={experiment}/experiment.py", f"--config.init_from={run}", "--config.total_steps=6"]
@@ -264,6 +274,7 @@ def test_mistakes_of_all_kinds_are_listed_together(capsys, quiet, experiment, tm
     [
         ([], "error: --config is missing: name an experiment, as in --config=configs/demo.py"),
         (["--config=none.py"], "error: --config=none.py: there is no such file"),
+        (["--config=configs/demo.py", "--workdir="], "error: --workdir= is empty (a variable that is not set?): name a folder, or leave it out"),
         (["--config.seed=1", "--workdir=x"], "error: --config is missing: name an experiment, as in --config=configs/demo.py"),
         (["EXPERIMENT", "--config.optim.lrr=1"], "error: --config.optim.lrr=1: there is no key optim.lrr; the nearest is optim.lr"),
         (["EXPERIMENT", "--config.total_steps=many"], "error: --config.total_steps=many: total_steps takes a whole number; it is 100 now"),
@@ -307,6 +318,15 @@ def test_help_names_every_argument(capsys):
 
 def test_signals_are_held_back_until_the_step_is_done_and_then_not():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopSignal() as stop:  # what is raised in a callback of the garbage collector is lost, with a traceback
+
+        def _xla_gc_callback():
+            signal.raise_signal(signal.SIGTERM)
+
+        _xla_gc_callback()
+        assert stop.asked_anywhere()
+        with pytest.raises(Stopped):
+            stop.when_saved(0)
     with StopSignal() as stop, pytest.raises(Stopped, match="before the first step"):  # nothing is lost yet
         os.kill(os.getpid(), signal.SIGTERM)
     with StopSignal() as stop:

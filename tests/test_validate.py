@@ -123,6 +123,7 @@ MISTAKES = {
     "model.frames=8 cannot be cut into tubelets of 3": dict(model__tubelet=3, model__embed="separate", tasks__clips__frames=6),
     "tasks.clips: frames=9 cannot be cut into tubelets of 2": dict(model__tubelet=2, model__embed="separate", tasks__clips__frames=9),
     "model.temporal_init=copied copies the attention of an earlier run: set init_from": dict(model__temporal_init="copied"),
+    "mesh.cpu_devices=1000000 must be at most 1024": dict(mesh__cpu_devices=10**6),
     "init_parts: 'embed/.*': write REGEX=PATH": dict(init_from="a", init_parts=("embed/.*",)),
     "init_parts: '(' is no regular expression": dict(init_from="a", init_parts=("(=b",)),
     "init_parts takes parameters in place of those of init_from: set init_from, too": dict(init_parts=("embed/.*=b",)),

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from vidjoint.data.workers import cores
 from vidjoint.host_memory import only_cpus
 from vidjoint.models.build import PRESETS
+from vidjoint.validate import MOST_CPU_DEVICES
 
 LARGE = 100  # patches of a frame
 STATE_BYTES = 16  # float32 parameter, gradient and AdamW's two moments
@@ -40,11 +41,11 @@ def devices(config: ConfigDict, cores: int, memory: int) -> int:
     a quarter of `memory` (bytes), they are fewer.
     """
     if config.mesh.cpu_devices > 0:
-        return config.mesh.cpu_devices
+        return min(config.mesh.cpu_devices, MOST_CPU_DEVICES)
     sizes = [config.mesh[axis] for axis in ("data", "fsdp", "tensor")]
     known = math.prod(size for size in sizes if size > 0)
-    if -1 not in sizes:
-        return known
+    if -1 not in sizes or known > MOST_CPU_DEVICES:
+        return min(known, MOST_CPU_DEVICES)
     name = config.model.variant.partition("/")[0]
     if name not in PRESETS or not is_large(config):
         return known

@@ -17,7 +17,7 @@ import jax
 
 from vidjoint import config as config_module
 from vidjoint import cpu, processes, sharding, validate
-from vidjoint.errors import command
+from vidjoint.errors import UserError, command
 from vidjoint.evaluate import table
 from vidjoint.train import Stopped, train
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE[:ARGUMENT]", help="experiment, as in configs/demo.py or configs/cover_jft.py:high_res")
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="where checkpoints, logs and results go (default: runs/NAME_OF_THE_EXPERIMENT)")
+    parser.add_argument("--workdir", metavar="DIR", help="where checkpoints, logs and results go (default: runs/NAME_OF_THE_EXPERIMENT)")
     parser.add_argument(
         "--config.KEY",
         dest="key",
@@ -46,6 +46,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--force_config", action="store_true", help="go on with the run in DIR although its settings were others")
     processes.add_arguments(parser)
     args, rest = parser.parse_known_args(argv)
+    if args.workdir == "":
+        raise UserError("--workdir= is empty (a variable that is not set?): name a folder, or leave it out")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr, force=True)
     logging.captureWarnings(True)
     logging.getLogger("jax").setLevel(logging.WARNING)  # which backends it tried is no news

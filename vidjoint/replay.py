@@ -50,6 +50,8 @@ class Replay:
         """Raises UserError if there is no bad step, or it can't be read."""
         run, folder = RunFolder(workdir), Path(workdir) / FOLDER
         if not (folder / "batch.json").is_file():
+            if not folder.parent.is_dir():
+                raise UserError(f"{folder.parent} does not exist: give the folder of a run")
             raise UserError(f"{folder} holds no step to repeat: a run writes one when it stops because of max_skipped")
         try:
             self.about = json.loads((folder / "batch.json").read_bytes())

@@ -5,10 +5,12 @@ import contextlib
 import functools
 import logging
 import signal
+import types
 
 import jax
 import numpy as np
 
+CALLBACKS = ("_xla_gc_callback", "__del__")  # Python swallows what is raised in these, with a traceback
 LATENCY = 2  # steps after which all processes have the answer to whether one of them was asked to stop
 
 log = logging.getLogger(__name__)
@@ -80,6 +82,8 @@ class StopSignal:
 
     def _ask(self, number, frame):
         again, self._asked = self._asked, True
+        if _in_callback(frame):  # whoever asks next hears of it
+            return
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self._saved is not None:
@@ -89,6 +93,12 @@ class StopSignal:
         if self._waits:
             self._waits = False
             raise Waiting
+
+
+def _in_callback(frame: types.FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name not in CALLBACKS:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _anyone(asked: bool) -> jax.Array:

@@ -174,7 +174,7 @@ def train(config: ConfigDict, workdir: str | Path, force_config: bool = False) -
         if there:
             opened.enter_context(_locked(folder))
         if folder.has_checkpoint:
-            config = adopt(config, folder.config)
+            config = _begun_as(adopt(config, folder.config), folder)
         setup = prepare(config, resumes=folder.has_checkpoint)
         config = setup.config
         labels = {name: task.labels for name, task in setup.tasks.items()}
@@ -183,6 +183,17 @@ def train(config: ConfigDict, workdir: str | Path, force_config: bool = False) -
             opened.enter_context(_locked(folder))
         with _disk_errors(folder):
             return _train(setup, folder, labels, stop)
+
+
+def _begun_as(config: ConfigDict, folder: RunFolder) -> ConfigDict:
+    """A run that goes on does not read what it began from again, whatever is asked for now: its own entries stay, and a line says so."""
+    begun, config = folder.config, config.copy_and_resolve_references()
+    for key in ("init_from", "init_heads", "init_parts"):
+        if config[key] != begun[key] and jax.process_index() == 0:
+            told = "%s=%s is not read: the run in %s began with %r and goes on; to begin anew give another --workdir"
+            log.warning(told, key, config[key], folder.path, begun[key])
+        config[key] = begun[key]
+    return config
 
 
 def _train(setup: Setup, folder: RunFolder, labels: dict[str, tuple[str, ...]], stop: StopSignal) -> dict:

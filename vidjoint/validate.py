@@ -68,6 +68,7 @@ TASK_POSITIVE = ("sample_weight", "window_seconds")
 TASK_NOT_NEGATIVE = ("classes", "loss_weight", "steps", "batch_size", "frames", "randaugment_layers", "randaugment_magnitude")
 LARGEST = 2**63  # what JAX takes for a seed
 MOST_PARAMETERS, MOST_DEPTH = 10**12, 1000  # of a model
+MOST_CPU_DEVICES = 1024  # JAX takes memory for each
 MOST_PIXELS, MOST_BATCH = 2**33, 2**42  # bytes of a clip with all its views, of a batch of one task
 VARIANT = re.compile(r"(\w+)/([1-9]\d*)")
 TEXTS = ("log_to", "task_order", "optim.freeze", "init_allow", "init_parts")  # tuples of texts; all others are of numbers
@@ -95,6 +96,8 @@ def check(config: ConfigDict, trains: bool = True) -> list[str]:
         problems.append("init_parts takes parameters in place of those of init_from: set init_from, too")
     if trains and min(config.total_steps, config.total_epochs) >= 0 and bool(config.total_steps) == bool(config.total_epochs):
         problems.append(f"total_steps={config.total_steps} and total_epochs={config.total_epochs}: give exactly one of them")
+    if config.mesh.cpu_devices > MOST_CPU_DEVICES:
+        problems.append(f"mesh.cpu_devices={config.mesh.cpu_devices} must be at most {MOST_CPU_DEVICES}")
     problems += trackers.check(config.log_to) if trains else []
     if not config.tasks:
         problems.append("there are no tasks: add one with config.tasks.NAME = task_config(...)")

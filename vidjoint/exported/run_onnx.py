@@ -27,4 +27,10 @@ def main(folder: Path, task: str, *files: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(__file__).parent, *sys.argv[1:])
+    tasks = sorted(path.stem for path in Path(__file__).parent.glob("*.onnx"))
+    if len(sys.argv) < 3 or sys.argv[1] not in tasks:
+        sys.exit(f"usage: python run_onnx.py TASK CLIP...   TASK: {', '.join(tasks)}")
+    try:
+        main(Path(__file__).parent, *sys.argv[1:])
+    except OSError as error:  # PyAV's, too
+        sys.exit(f"error: {error}")
