@@ -60,7 +60,7 @@ def base_config() -> ConfigDict:
     c.tasks = ConfigDict()  # name -> task_config(...)
 
     c.data = ConfigDict()
-    c.data.threads = 0  # decoding threads of this process; 0: 3 for 2 cores, as they wait for child processes, or one per core with isolate=none
+    c.data.threads = 0  # decoding threads of this process; 0: one and a half per core, as they wait for child processes, or one with isolate=none
     c.data.workers = 0  # worker processes that make whole batches; 0: this process does, whose threads have child processes that decode (isolate)
     c.data.prefetch = 4  # steps whose batches are decoded ahead (each worker process: at least four)
     c.data.max_bad_share = 0.1  # share of one training set's files that may fail to decode before the run stops with their list
