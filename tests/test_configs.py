@@ -45,7 +45,7 @@ def at_the_root(monkeypatch):
 
 
 def test_the_experiments_are_found():
-    assert {f"configs/{name}.py" for name in ("demo", "real_cotrain", "finetune_folder", "vivit_k400", *ARGUMENTS)} <= set(FILES)
+    assert {f"configs/{name}.py" for name in ("demo", "real_cotrain", "findings", "finetune_folder", "vivit_k400", *ARGUMENTS)} <= set(FILES)
 
 
 @pytest.mark.parametrize("file", FILES + VARIANTS)

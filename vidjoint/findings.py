@@ -252,20 +252,17 @@ def table(result: dict) -> str:
             spread = "" if row["spread"] is None else f" ± {100 * row['spread']:.1f}"
             interval = " to ".join(map(_points, row["interval"])) if row["interval"] else "-"
             paper = "-" if row["paper"] is None else f"{100 * row['paper']:.1f} ({finding.sets[task]})"
-            differences = ("-" if value is None else _points(value) for value in (row["difference"], row["paper_difference"]))
-            ours, theirs = differences
+            ours, theirs = (_points(row[key]) for key in ("difference", "paper_difference"))
             rows.append((arm, task, f"{100 * row['mean']:.1f}{spread}", ours, interval, paper, theirs, row["verdict"] or "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    seeds = "1 seed" if result["seeds"] == 1 else f"{result['seeds']} seeds"
-    return "\n".join(
-        [f"{result['finding']}: {finding.question} ({finding.source}; {seeds})", "", *lines, "", f"{result['finding']}: {result['verdict']}"]
-    )
+    name, seeds = result["finding"], "1 seed" if result["seeds"] == 1 else f"{result['seeds']} seeds"
+    return "\n".join([f"{name}: {finding.question} ({finding.source}; {seeds})", "", *lines, "", f"{name}: {result['verdict']}"])
 
 
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f}"
+def _points(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:+.1f}"
 
 
 @command
@@ -284,7 +281,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="the finding; without it, all are listed")
     parser.add_argument("--list", action="store_true", help="list the findings")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds per arm (default: 1)")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds per arm (default: 2; with 1 there is no spread over seeds)")
     parser.add_argument("--workdir", type=Path, default=Path("runs/findings"), metavar="DIR", help="where the runs go (default: runs/findings)")
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     parser.add_argument("--config.KEY", dest="key", metavar="VALUE", help="sets a key in every run, as in --config.total_steps=1200")
