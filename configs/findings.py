@@ -89,7 +89,7 @@ FINDINGS = {
             "scratch": FROM_SCRATCH,
             "hyperformer": {"model.am_flow.adapter": "hyperformer"},
             "serial": {"model.am_flow.adapter": "serial"},
-            "images": {"system": "images", "tasks": ("digits",), "total_steps": 1300, "init_from": "", "model.am_flow.flow": "vanilla"},
+            "images": {"system": "images", "tasks": ("digits",), "total_steps": 600, "init_from": "", "model.am_flow.flow": "vanilla"},
         },
     ),
 }

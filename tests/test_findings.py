@@ -178,10 +178,11 @@ def test_a_run_that_ends_early_ends_the_command(tmp_path, few_arms, monkeypatch,
         assert ended == expected and not shown and ("error: " in told) == (expected == 2)
 
 
-def test_sigterm_reaches_the_run(tmp_path, monkeypatch):
-    """In place of Python a program that waits for it, and ends as a run does."""
+@pytest.mark.parametrize(("ends", "status"), [("exit 75", 75), ("exit 0", 75), ("trap - TERM; kill $$", 75)])
+def test_sigterm_reaches_the_run_and_ends_the_command(ends, status, tmp_path, monkeypatch):
+    """In place of Python a program that waits for it, and ends as a run does: stopped, just done, or not yet ready to stop in order."""
     program = tmp_path / "program"
-    program.write_text(f"#!/bin/sh\ntrap 'exit 75' TERM\necho $$ > {tmp_path}/began\nwhile :; do sleep 0.05; done\n")
+    program.write_text(f"#!/bin/sh\ntrap '{ends}' TERM\necho $$ > {tmp_path}/began\nwhile :; do sleep 0.05; done\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
 
@@ -195,7 +196,7 @@ def test_sigterm_reaches_the_run(tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with ThreadPoolExecutor() as pool:
         other = pool.submit(interrupt)
-        assert findings.train([]) == 75
+        assert findings.train([]) == status
         other.result()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 

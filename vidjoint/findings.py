@@ -22,6 +22,7 @@ from vidjoint.stopping import Stopped
 from vidjoint.weights.pretrained import adopt
 
 EXPERIMENTS = "configs/findings.py"
+STDERR = 2  # file descriptor
 TIE = 0.15  # points: what differs by less in a paper says nothing of an order
 HOLDS, REVERSED, UNCLEAR = "as there", "the other way", "unclear"
 
@@ -173,16 +174,23 @@ def plan(name: str, seeds: int, workdir: Path, changes: list[str]) -> list[Run]:
 def train(argv: list[str]) -> int:
     """Calls vidjoint.main in a process of its own, whose output goes to standard error, and returns its exit status.
 
-    SIGTERM is passed on, Ctrl-C reaches it by itself; it saves and ends.
+    SIGTERM is passed on, Ctrl-C reaches it by itself: it saves and ends, and the status is that of a run that was stopped.
     """
-    with subprocess.Popen([sys.executable, "-m", "vidjoint.main", *argv], stdout=2) as process:
-        old = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())}
-        old[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
+    asked = []
+    with subprocess.Popen([sys.executable, "-m", "vidjoint.main", *argv], stdout=STDERR) as process:
+
+        def stop(number, frame):
+            asked.append(number)
+            if number == signal.SIGTERM:
+                process.terminate()
+
+        old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            return process.wait()
+            status = process.wait()
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+    return Stopped.exit_status if asked else status
 
 
 def measured(name: str, runs: list[Run]) -> dict:
@@ -307,6 +315,7 @@ def main(argv: list[str]) -> int:
         print(f"run {number} of {len(runs)}: {args.name}, {run.arm}, seed {run.seed}", file=sys.stderr, flush=True)
         status = train(run.argv)
         if status == Stopped.exit_status:
+            print("stopped: the same command goes on", file=sys.stderr)
             return status
         if status:
             raise UserError(f"{run.folder.path}: the run ended with status {status}: mend what it says above, and the same command goes on")
