@@ -135,8 +135,8 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has left all that the table needs."""
-        return self.folder.results.exists() and set(self.config.tasks) <= set(predictions.tasks_in(self.folder.path))
+        """Whether it has left all that the table needs; its checkpoints show that it is this run."""
+        return self.folder.has_checkpoint and self.folder.results.exists() and set(self.config.tasks) <= set(predictions.tasks_in(self.folder.path))
 
 
 def plan(name: str, seeds: int, workdir: Path, changes: list[str]) -> list[Run]:
