@@ -19,17 +19,17 @@ SMALL_ENCODER = {"model.am_flow.encoder_width": 64, "model.am_flow.encoder_mlp":
 FINDINGS = {
     # CoVeR tables 5 and 6. An epoch is one pass over the union, so every arm sees as many examples of each of its sets; images weigh 0.5
     "datasets": (
-        {"system": "cover", "tasks": ALL, "total_epochs": 20.0, "tasks.digits.loss_weight": 0.5},
+        {"system": "cover", "tasks": ALL, "total_epochs": 12.0, "tasks.digits.loss_weight": 0.5},
         {"all": {}, "videos": {"tasks": VIDEOS}, "appearance": {"tasks": ("appearance",)}, "motion": {"tasks": MOTION}},
     ),
     # The same examples in the same order
     "image_weight": (
-        {"system": "cover", "tasks": ALL, "total_epochs": 15.0},
+        {"system": "cover", "tasks": ALL, "total_epochs": 12.0},
         {f"w{weight}": {"tasks.digits.loss_weight": weight} for weight in (0.5, 0.0, 0.75)},
     ),
     # CoVeR 3.2: the same motion clips in the same order
     "transfer": (
-        {"system": "cover", "tasks": MOTION, "total_steps": 600, "init_from": "runs/findings_transfer_source"},
+        {"system": "cover", "tasks": MOTION, "total_steps": 300, "init_from": "runs/findings_transfer_source"},
         {
             "full": {},
             "frozen": {"optim.freeze": FEATURES},
@@ -55,7 +55,7 @@ FINDINGS = {
     # MEViT tables 1 to 3: the same motion clips in the same order, from scratch. The grid has 4 x 4 patches: m4 is joint attention, m1 divided.
     # Table 1 and 3 have a class token in all blocks: their best figures are those of one model, and table 2's with class-attention is another
     "motion_block": (
-        {"system": "mevit", "tasks": MOTION, "total_steps": 600} | CLASS_TOKEN,
+        {"system": "mevit", "tasks": MOTION, "total_steps": 450} | CLASS_TOKEN,
         {f"m{side}": {"model.motion.block": side} for side in (2, 1, 4)},
     ),
     # Three blocks in all (the paper: twelve). With class-attention motion is learned late, so more steps
