@@ -2,8 +2,9 @@
 
 python -m vidjoint.main --config=configs/findings.py:motion_block,m4      (one arm; python -m vidjoint.findings motion_block: all, and the table)
 
-Hardware: a laptop. With one seed a finding takes about ten minutes on four cores. Published figures: vidjoint/findings.py and docs/findings.md, which
-also says what stands for what. The first arm of a finding is the one that the others are compared with; `source` and `images` are first stages.
+Hardware: a laptop; with one seed all arms of a finding take five to twelve minutes on four cores (estimated). Published figures:
+vidjoint/findings.py and docs/findings.md, which also says what stands for what. The first arm of a finding is the one that the others are compared
+with; `source` and `images` are first stages.
 """
 
 from configs.demo import get_config as demo
@@ -19,17 +20,17 @@ SMALL_ENCODER = {"model.am_flow.encoder_width": 64, "model.am_flow.encoder_mlp":
 FINDINGS = {
     # CoVeR tables 5 and 6. An epoch is one pass over the union, so every arm sees as many examples of each of its sets; images weigh 0.5
     "datasets": (
-        {"system": "cover", "tasks": ALL, "total_epochs": 12.0, "tasks.digits.loss_weight": 0.5},
+        {"system": "cover", "tasks": ALL, "total_epochs": 8.0, "tasks.digits.loss_weight": 0.5},
         {"all": {}, "videos": {"tasks": VIDEOS}, "appearance": {"tasks": ("appearance",)}, "motion": {"tasks": MOTION}},
     ),
     # The same examples in the same order
     "image_weight": (
-        {"system": "cover", "tasks": ALL, "total_epochs": 12.0},
+        {"system": "cover", "tasks": ALL, "total_epochs": 8.0},
         {f"w{weight}": {"tasks.digits.loss_weight": weight} for weight in (0.5, 0.0, 0.75)},
     ),
     # CoVeR 3.2: the same motion clips in the same order
     "transfer": (
-        {"system": "cover", "tasks": MOTION, "total_steps": 300, "init_from": "runs/findings_transfer_source"},
+        {"system": "cover", "tasks": MOTION, "total_steps": 200, "init_from": "runs/findings_transfer_source"},
         {
             "full": {},
             "frozen": {"optim.freeze": FEATURES},

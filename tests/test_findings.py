@@ -86,7 +86,7 @@ def test_words_are_those_of_the_experiments(name):
 def test_arms_see_as_much_of_each_task(name):
     for arm in FINDINGS[name].arms:
         config = config_of(name, arm)
-        assert (config.total_steps / len(config.tasks), config.total_epochs) == ((300, 0) if name == "joint" else (0, 12))
+        assert (config.total_steps / len(config.tasks), config.total_epochs) == ((300, 0) if name == "joint" else (0, 8))
         assert {task.sample_weight for task in config.tasks.values()} == {1.0}
 
 
