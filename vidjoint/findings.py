@@ -292,7 +292,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds per arm (default: 2; with 1 there is no spread over seeds)")
     parser.add_argument("--workdir", type=Path, default=Path("runs/findings"), metavar="DIR", help="where the runs go (default: runs/findings)")
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
-    parser.add_argument("--config.KEY", dest="key", metavar="VALUE", help="sets a key in every run, as in --config.total_steps=1200")
+    parser.add_argument("--config.KEY", dest="key", metavar="VALUE", help="sets a key in every run, as in --config.optim.lr=1e-3")
     args, changes = parser.parse_known_args(argv)
     wrong = [f"unknown argument {word}: see --help" for word in changes if not word.startswith("--config.")]
     if args.name and args.name not in FINDINGS:
