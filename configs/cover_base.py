@@ -1,6 +1,6 @@
 """What all CoVeR experiments share (sections 3 and 4): TimeSformer-L on Kinetics, Something-Something v2, Moments in Time and ImageNet, co-trained.
 
-On 256 TPUs: --config.mesh.data=64 --config.mesh.tensor=4, for 62 videos and 66 images a step divide over no more; high_res then takes 7.6 of the 16 GiB
+On 256 TPUs: --config.mesh.data=64 --config.mesh.tensor=4, for 62 videos and 66 images a step divide over no more; high_res then takes 8 of the 16 GiB
 of a v5e chip (docs/performance.md). With less memory: --config.model.remat=block.
 
 Not run by itself: see cover_jft.py, cover_in21k.py, cover_ablations.py and cover_transfer.py. How to lay out the files: datasets.py.
