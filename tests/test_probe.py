@@ -1,5 +1,6 @@
 """Probes: against plain NumPy, by what they must and must not see, and from the command line, where training shows in the features."""
 
+import copy
 import dataclasses
 import json
 
@@ -314,6 +315,19 @@ def test_the_same_again_with_tokens_made_in_each_epoch_and_features_kept(command
     ]
 
 
+def test_kept_features_are_not_those_of_other_labels(noise):
+    config, tasks = noise
+    model = build(config.model, {"clips": 8, "stills": 10})
+    backbone = Backbone(config, model, jax.jit(model.init)(jax.random.key(0)), (1, 1), 8)
+    task = tasks["clips"]
+    records = copy.copy(task.val.records)
+    records.targets = (records.targets + 1) % 8
+    corrected = dataclasses.replace(task, val=dataclasses.replace(task.val, records=records))
+    renamed = dataclasses.replace(task, val=dataclasses.replace(task.val, labels=task.val.labels[::-1]))
+    assert len({backbone.fingerprint(other) for other in (task, corrected, renamed)}) == 3
+    assert backbone.fingerprint(task) == backbone.fingerprint(dataclasses.replace(task))
+
+
 def test_other_data_by_flags_and_by_config(command, run, tmp_path):
     data = run.parent / "data"
     _, own, _, _ = command("--kind=knn")
@@ -334,6 +348,7 @@ def test_mistakes_are_one_line_each(command, run, tmp_path):
         (lonely / str(i)).mkdir(parents=True)
         Image.new("RGB", (16, 16)).save(lonely / str(i) / "0.png")
     (tmp_path / "broken.npz").write_text("no features")
+    np.save(tmp_path / "array.npy", np.zeros(3))
     cases = {
         ("--kind=nearest",): ["--kind=nearest: choose from linear, knn, attentive, comma-separated"],
         ("--views=3", "--epochs=0"): ["--views=3: write temporal x spatial views", "--epochs=0.0: above 0"],
@@ -348,6 +363,7 @@ def test_mistakes_are_one_line_each(command, run, tmp_path):
         ("--memory=1e-9",): ["features of 24 numbers take 0.0 MiB, above --memory=1e-09"],
         (f"--features={tmp_path}/absent/f.npz",): ["can't be written: name a file in a folder that exists and is yours"],
         (f"--features={tmp_path}/broken.npz",): ["can't be read"],
+        (f"--features={tmp_path}/array.npy",): ["can't be read (it holds a single array): give the name of a new file"],
         (f"--train={lonely}", f"--val={lonely}", "--source=folder", "--media=image"): ["no class has two training examples"],
     }
     for arguments, lines in cases.items():

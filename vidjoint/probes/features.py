@@ -90,13 +90,15 @@ class Backbone:
         return Features(x[:done], np.concatenate(labels), np.concatenate(indices))
 
     def fingerprint(self, task: Task) -> str:
-        """A text that is another one if the parameters, the examples or how they are seen differ."""
+        """A text that is another one if the parameters, the examples, their labels or how they are seen differ."""
         digest = hashlib.blake2b(repr((self.model.spec, self._views(task), task.clip.shape, task.clip.interpolation)).encode(), digest_size=16)
         for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(self.params)):
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.ascontiguousarray(x))
         digest.update(repr(sorted(task.clip.settings.to_dict().items())).encode())
         for source in (task.train, task.val):
+            digest.update(repr(source.labels).encode())
+            digest.update(np.ascontiguousarray(labels_of(source)))
             for number in range(len(source)):
                 digest.update(source.name(number).encode(errors="surrogateescape") + b"\0")
         return digest.hexdigest()
@@ -156,7 +158,10 @@ def save(file: str, fingerprint: str, labels: tuple[str, ...], train: Features, 
 def load(file: str, fingerprint: str) -> tuple[Features, Features]:
     """Reads what `save` wrote. Raises UserError if it is damaged, or of other weights or data."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        opened = np.load(file, allow_pickle=False)
+        if isinstance(opened, np.ndarray):
+            raise ValueError("it holds a single array")
+        with opened as stored:
             same = str(stored["fingerprint"]) == fingerprint
             train, val = (Features(*(stored[f"{split}_{name}"] for name in ("x", "label", "index"))) for split in ("train", "val"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
