@@ -110,6 +110,22 @@ def test_a_folder_is_exported_again_whole_or_for_one_task(world, tmp_path, capsy
     assert capsys.readouterr().err == "error: --task=cats: there is no such task, choose one of animals, others\n"
 
 
+def test_an_import_that_names_the_classifier_asks_for_one_with_a_single_one(world, tmp_path, capsys):
+    source = world[0] / "newest"
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    for word in ("--task=cats", f"--labels={tmp_path / 'names.txt'}"):
+        assert main(["import", str(source), str(tmp_path / "out"), word]) == 2
+        assert capsys.readouterr().err == (
+            f"error: {source} has several classifiers (animals, others): export one with python -m vidjoint.weights export --workdir={source} FOLDER "
+            "--task=NAME first, and import that\n"
+        )
+    assert not (tmp_path / "out").exists()
+    assert main(["export", f"--workdir={source}", str(tmp_path / "one"), "--task=others"]) == 0
+    assert main(["import", str(tmp_path / "one"), str(tmp_path / "out"), "--task=cats", f"--labels={tmp_path / 'names.txt'}"]) == 0
+    assert open_weights(tmp_path / "out").labels == {"cats": ("a", "b")}
+    assert main(["import", str(source), str(tmp_path / "both")]) == 0 and open_weights(tmp_path / "both").labels == LABELS
+
+
 def test_a_folder_is_a_start_but_no_run(world, tmp_path, quick_runs):
     folder, _ = world
     shutil.copytree(folder / "newest", tmp_path / "weights")

@@ -80,6 +80,9 @@ def main(argv: list[str]) -> int:
 
 def take_in(args: argparse.Namespace, weights: Pretrained) -> int:
     """Writes foreign weights as a folder of ours."""
+    if (args.task or args.labels) and len(weights.labels) > 1:
+        tasks, one = ", ".join(weights.labels), f"python -m vidjoint.weights export --workdir={args.source} FOLDER --task=NAME"
+        raise UserError(f"{args.source} has several classifiers ({tasks}): export one with {one} first, and import that")
     problems = []
     try:
         odd = [name for name in weights.unexplained if not re.fullmatch(args.allow_unused, name)]
