@@ -222,6 +222,26 @@ def test_what_is_written_tells_the_recipe(tmp_path):
     assert config["problem_type"] == "single_label_classification" and processor["size"] == {"shortest_edge": 16} and processor["do_center_crop"]
 
 
+def test_a_task_of_another_shape_than_the_model_s_is_refused(tmp_path):
+    """Neither the class nor its image processor would know of it."""
+    frames, size = small.MODEL["frames"], small.MODEL["image_size"]
+    cases = [
+        ("hf_vit", dict(image_size=(2 * size, size)), f"a task of {2 * size} x {size} pixels, not model.image_size={size}"),
+        ("hf_timesformer", dict(frames=2 * frames), f"a task of {2 * frames} frames, not model.frames={frames}"),
+        ("hf_timesformer", dict(media="image"), f"a task of 1 frames, not model.frames={frames}"),
+    ]
+    for target, changes, words in cases:
+        weights = weights_of({"tags": ("a", "b")}, **FITTING[target])
+        weights.config.tasks.tags.update(changes)
+        with pytest.raises(UserError) as caught:
+            to_hugging_face(weights, tmp_path / "out", target)
+        assert caught.value.lines == (f"{TARGETS[target][0]} cannot hold this model: it has {words}",)
+    assert not (tmp_path / "out").exists()
+    weights = weights_of({"tags": ("a", "b"), "stills": ("c", "d")})
+    weights.config.tasks.stills.update(media="image", image_size=(size, size))
+    to_hugging_face(weights, tmp_path / "out", "hf", "stills")  # a ViT sees one picture at a time
+
+
 def test_what_cannot_be_written(tmp_path):
     both, file, full = {"a": ("x", "y"), "b": ("z", "w")}, tmp_path / "file", tmp_path / "full"
     file.write_text("")

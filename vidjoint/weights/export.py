@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from vidjoint.data.examples import ClipSpec
+from vidjoint.data.tasks import clip_spec
 from vidjoint.errors import UserError
 from vidjoint.models.build import spec_from_config
 from vidjoint.models.spec import ViTSpec
@@ -26,8 +28,9 @@ TARGETS = {  # --format -> the class that loads it, and its image processor
 }
 
 
-def obstacles(spec: ViTSpec, target: str) -> list[str]:
-    """What a model has that the target's class cannot hold, a few words each; [] if it can be exported."""
+def obstacles(spec: ViTSpec, target: str, clip: ClipSpec | None = None) -> list[str]:
+    """What a model, and the task of its classifier with clips of this shape, have that the target's class cannot hold, a few words each; [] if it
+    can be exported."""
     wanted: dict[str, Any] = {"embed": ("shared",), "pre_norm": ("none",), "class_token": (True,), "last_norm_eps": (0.0, spec.norm_eps)}
     if target == "hf_timesformer":
         wanted |= {"mixer": ("divided", "joint"), "pool": ("class_token",), "layer_scale": (0.0,), "registers": (0,)}
@@ -44,14 +47,18 @@ def obstacles(spec: ViTSpec, target: str) -> list[str]:
         lines += [] if spec.layer_scale else ["no LayerScale"]
         lines += [f"{spec.registers} registers"] if (spec.registers > 0) != target.endswith("registers") else []
         lines += [f"an MLP of {spec.mlp_dim}, no multiple of the width"] if spec.mlp_dim % spec.width else []
+    if clip and clip.size != (spec.image_size,) * 2:
+        lines.append(f"a task of {clip.size[0]} x {clip.size[1]} pixels, not model.image_size={spec.image_size}")
+    if clip and target == "hf_timesformer" and clip.frames != spec.frames:
+        lines.append(f"a task of {clip.frames} frames, not model.frames={spec.frames}")
     return lines
 
 
-def choose_target(spec: ViTSpec, target: str) -> str:
-    """The name in TARGETS: `target` itself, or for "hf" the first that can hold the model. Raises UserError if it cannot."""
+def choose_target(spec: ViTSpec, target: str, clip: ClipSpec | None = None) -> str:
+    """The name in TARGETS: `target` itself, or for "hf" the first that can hold the model and a task of such clips. Raises UserError if it cannot."""
     if target != "hf" and target not in TARGETS:
         raise UserError(f"--format={target} is unknown: choose vidjoint, hf, {', '.join(TARGETS)}")
-    found = {name: obstacles(spec, name) for name in (TARGETS if target == "hf" else [target])}
+    found = {name: obstacles(spec, name, clip) for name in (TARGETS if target == "hf" else [target])}
     fitting = [name for name, lines in found.items() if not lines]
     if fitting:
         return fitting[0]
@@ -72,14 +79,15 @@ def to_hugging_face(weights: Pretrained, path: str | Path, target: str = "hf", t
       UserError: no such class can hold the model, there is no such task, or the folder can't be written.
     """
     spec, path = spec_from_config(weights.config.model), Path(path).expanduser()
-    target = choose_target(spec, target)
     if not weights.labels:
-        raise UserError(f"{weights.source} has no classifier, and {TARGETS[target][0]} is one: train one with --config.init_from={weights.source}")
+        name = TARGETS[choose_target(spec, target)][0]
+        raise UserError(f"{weights.source} has no classifier, and {name} is one: train one with --config.init_from={weights.source}")
     if not task and len(weights.labels) != 1:
         raise UserError(f"--task is missing: these weights have {len(weights.labels)} classifiers ({', '.join(weights.labels)}), and one goes along")
     task = task or next(iter(weights.labels))
     if task not in weights.labels:
         raise UserError(f"--task={task}: there is no such task, choose one of {', '.join(weights.labels)}")
+    target = choose_target(spec, target, clip_spec(weights.config, task))
     format = {known.name: known for known in (HF_VIT, HF_DINOV2, HF_DINOV2_REGISTERS, HF_TIMESFORMER)}[target]
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is there and not empty: give a new folder")
