@@ -1,16 +1,19 @@
 """Files on disk: which are images and videos, and what a folder holds. One listing per folder, never a look at each file."""
 
+import logging
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-from vidjoint.errors import UserError
+from vidjoint.errors import UserError, printable
 
 EXTENSIONS = {
     "video": frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .flv .3gp .wmv .ogv .vob .gif".split()),
     "image": frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff .ppm .pgm .gif .avif .jp2".split()),
 }
 SHOWN = 5  # faults of one kind that are named; the others are counted
+
+log = logging.getLogger(__name__)
 
 
 def some(items: Iterable) -> str:
@@ -85,8 +88,8 @@ def files_in(folder: str) -> frozenset[str]:
 
 def is_outside(path: str, root: str) -> bool:
     """Whether a path leads out of root by its text: links inside root may point anywhere."""
-    path = os.path.normpath(path)
-    return not any(path.startswith(os.path.join(folder, "")) for folder in {os.path.normpath(root), os.path.realpath(root)})
+    path = os.path.abspath(path)
+    return not any(path.startswith(os.path.join(folder, "")) for folder in {os.path.abspath(root), os.path.realpath(root)})
 
 
 def same_name(path: str) -> str:
@@ -101,15 +104,40 @@ def is_hidden(name: str) -> bool:
 
 
 def walk(root: str, depth: int = 100) -> Iterator[str]:
-    """Paths below root, relative to it, sorted within each folder, hidden ones left out; a folder comes before what it holds and ends in "/"."""
+    """Paths below root, relative to it, sorted within each folder, hidden ones left out; a folder comes before what it holds and ends in "/".
+
+    Left out are links to a folder above, which would be gone through again and again, and folders in root that can't be listed, with a warning.
+
+    Raises:
+      UserError: root itself can't be listed.
+    """
     try:
-        with os.scandir(root) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name))
+        entries = _entries(root)
     except OSError as error:
         raise UserError(f"{root} can't be listed: {error.strerror}") from None
-    for name, is_folder in found:
+    yield from _below(root, entries, depth, ())
+
+
+def _entries(folder: str) -> list[tuple[str, bool, bool]]:
+    """(name, whether it is a folder, whether it is a link) of what is in a folder."""
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries if not is_hidden(entry.name))
+
+
+def _below(folder: str, entries: list[tuple[str, bool, bool]], depth: int, linked: tuple[str, ...]) -> Iterator[str]:
+    """`walk` of a folder with these entries; `linked`: the real paths, each with a final "/", of the folders whose links led here."""
+    for name, is_folder, is_link in entries:
+        path = os.path.join(folder, name)
         if not is_folder:
             yield name
         elif depth > 1:
+            passed = (*linked, os.path.join(os.path.realpath(folder), "")) if is_link else linked
+            if is_link and any(above.startswith(os.path.join(os.path.realpath(path), "")) for above in passed):
+                continue
+            try:
+                inside = _entries(path)
+            except OSError as error:
+                log.warning("%s", printable(f"{path} can't be listed ({error.strerror}) and is left out"))
+                continue
             yield f"{name}/"
-            yield from (f"{name}/{below}" for below in walk(os.path.join(root, name), depth - 1))
+            yield from (f"{name}/{below}" for below in _below(path, inside, depth - 1, passed))
