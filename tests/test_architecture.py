@@ -40,7 +40,7 @@ LAYERS = (
     ("vidjoint.models.", "vidjoint.data.", "vidjoint.checkpoints", "vidjoint.optim", "vidjoint.mixup")
     + ("vidjoint.plots", "vidjoint.predictions", "vidjoint.page"),
     ("vidjoint.losses", "vidjoint.metrics", "vidjoint.sharding", "vidjoint.config", "vidjoint.processes", "vidjoint.checksums", "vidjoint.stopping"),
-    ("vidjoint.trackers",),
+    ("vidjoint.trackers", "vidjoint.output_files"),
     ("vidjoint.errors", "vidjoint.exported.", "vidjoint.host_memory", "vidjoint.peer"),
 )
 

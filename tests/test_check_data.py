@@ -189,6 +189,33 @@ def test_files_outside_the_root(videos, tmp_path):
     assert report["outside"] == [{"path": f"{videos}/in/../b c.mp4", "place": f"{tmp_path}/l.csv line 2"}] and report["good"] == 2
 
 
+def test_relative_roots(videos, monkeypatch):
+    (videos / "below").mkdir()
+    (videos / "below/l.csv").write_text("a.mp4\n")
+    for folder, root in (("clips", "."), ("clips/below", ".."), ("clips/below", "../../clips"), (".", "./clips")):
+        monkeypatch.chdir(videos.parent / folder)
+        assert run(videos / "below/l.csv", f"--root={root}") == 0
+    monkeypatch.chdir(videos / "below")
+    (videos / "below/l.csv").write_text("../a.mp4\n")
+    assert run("l.csv", "--root=.") == 1 and run("l.csv", "--root=..") == 1  # clips/../a.mp4 is not there
+
+
+def test_imagenet_s_list_names_images(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "ILSVRC2012_val_00000001.JPEG")
+    (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,n01440764 1 2 3 4\n")
+    assert run(tmp_path / "LOC_val_solution.csv", f"--json={tmp_path / 'r.json'}") == 0
+    assert report_of(tmp_path / "r.json")["media"] == {"image": 1}
+
+
+def test_where_the_report_goes_is_checked_first_and_what_was_found_is_shown_anyway(videos, tmp_path, monkeypatch, capsys):
+    assert run(videos, "--json=/dev/full") == 2
+    out, err = capsys.readouterr()
+    assert "2 good, 3 bad" in out and err == "error: --json=/dev/full can't be written: No space left on device\n"
+    monkeypatch.setattr(check_data, "check", lambda *_: pytest.fail("it has begun to decode"))
+    assert run(videos, f"--json={tmp_path}/no/such/r.json") == 2
+    assert capsys.readouterr().err == f"error: --json={tmp_path}/no/such/r.json can't be written: name a file in a folder that exists and is yours\n"
+
+
 def test_limits(videos, tmp_path, capsys):
     whole = [videos / "a.mp4", f"--json={tmp_path / 'r.json'}"]
     assert run(*whole, "--seconds=0.0001") == 1 and "not decoded within 0.0001 s (--seconds)" in report_of(tmp_path / "r.json")["bad"][0]["error"]

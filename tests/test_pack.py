@@ -22,6 +22,7 @@ from vidjoint.data.decode import DecodeError
 from vidjoint.data.encode import Encoding, encode_image, encode_video
 from vidjoint.data.examples import ClipSpec, training_clip
 from vidjoint.data.image import read_image
+from vidjoint.data.sources import open_source
 from vidjoint.data.transforms import Geometry
 from vidjoint.data.video import Video
 from vidjoint.errors import UserError
@@ -235,6 +236,12 @@ def test_as_a_training_source(films, monkeypatch):
     whole.tasks.films.source = "csv"
     evaluate.use_data(whole, "films", ("a", "b", "c"), str(films / "out"), "", str(films))
     assert whole.tasks.films.source == "packed" and whole.tasks.films.val == str(films / "out")
+    whole.tasks.films.source = "csv"
+    evaluate.use_data(whole, "films", ("a", "b", "c"), "out:train", "", str(films))
+    assert whole.tasks.films.source == "packed" and len(open_source("films", whole.tasks.films, "val", "")) == 6
+    assert check_data.main(["out:train", "--json=report.json"]) == 0
+    assert json.loads((films / "report.json").read_text())["classes"] == {"a": 3, "b": 2, "c": 1}
+    assert check_data.main(["out:dev"]) == 2
     memory.rm("/bucket", recursive=True)
 
 
@@ -350,6 +357,17 @@ def test_folders(tmp_path):
     assert source.labels == ("a", "b") and [source.records.names[i] for i in range(3)] == ["a/1.png", "a/x/2.png", "b/0.png"]
     with Image.open(io.BytesIO(source[0]["image"])) as image:
         assert image.size == (96, 64) and image.format == "JPEG"
+
+
+def test_a_list_of_absolute_and_relative_paths(tmp_path, monkeypatch):
+    for name in ("d/0.png", "e/1.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(picture("PNG", (60, 40)))
+    (tmp_path / "l.csv").write_text(f"d/0.png x\n{tmp_path / 'e/1.png'} y\n")
+    monkeypatch.chdir(tmp_path)
+    assert run("l.csv", "out", "--media=image", "--keep") == 0
+    source = opened(tmp_path, source="packed", media="image", train="out")
+    assert [source.records.names[i] for i in range(2)] == ["d/0.png", "e/1.png"] and manifest(tmp_path)["splits"]["train"]["folder"] == str(tmp_path)
 
 
 # Places in shards

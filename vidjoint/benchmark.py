@@ -21,7 +21,7 @@ from vidjoint import config as config_module
 from vidjoint import cpu, speed, topology, validate
 from vidjoint.decode_speed import measure_decode
 from vidjoint.errors import UserError, command
-from vidjoint.evaluate import check_writable, write_json
+from vidjoint.output_files import check_writable, write_json
 from vidjoint.peer_speed import measure_peer
 from vidjoint.sharding import memory_errors
 from vidjoint.train import MEMORY_ADVICE, prepare

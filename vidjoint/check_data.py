@@ -4,7 +4,6 @@ python -m vidjoint.check_data train.csv --val=val.csv --root=videos --labels=lab
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -24,11 +23,12 @@ from vidjoint.data.facts import facts_of, kind_of
 from vidjoint.data.files import EXTENSIONS, has_extension, is_outside, same_name
 from vidjoint.data.labels import empty_classes, labels_of, mirrored_classes, number_labels, one_label_per_row, read_labels
 from vidjoint.data.lists import Rows, is_numeric, locate, read_list, split_labels, wrong_separator
-from vidjoint.data.packed import PackedRecords, is_packed, open_manifest, open_packed
+from vidjoint.data.packed import PackedRecords, is_packed, name_split, open_manifest, open_packed
 from vidjoint.data.records import ZipRecords
 from vidjoint.data.sources import list_folder
 from vidjoint.data.workers import cores
 from vidjoint.errors import UserError, command, printable
+from vidjoint.output_files import check_writable, write_json
 
 CHUNK = 1024  # files handed to the threads at a time
 SHOWN = 20  # lines of each kind in the table, but for bad files; the JSON has all
@@ -86,6 +86,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.threads < 1 or args.seconds <= 0 or args.memory < 1:
         raise UserError("--threads and --memory must be at least 1, and --seconds above 0")
+    check_writable(args.json)
     start = time.perf_counter()
     found, problems = Found(), []
     for split, names in (("train", args.data), ("val", args.val)):
@@ -101,10 +102,9 @@ def main(argv: list[str]) -> int:
     faults, warnings = check_labels(found.lists, args.labels, args.classes, args.multilabel)
     report = {"files": len(found.items) + len(found.bad), **check(found, args), "ignored": found.ignored}
     report |= {"label_faults": faults, "label_warnings": warnings, "seconds": round(time.perf_counter() - start, 3)}
-    if args.json:
-        write_json(args.json, report)
     for line in as_text(report):
         print(printable(line))
+    write_json(args.json, report)
     return 1 if report["bad"] or report["overlap"] or faults else 0
 
 
@@ -123,11 +123,12 @@ def collect(found: Found, argument: str, split: str, args: argparse.Namespace) -
         item.splits.add(split)
 
     if is_packed(argument):
-        for part in open_manifest(argument)["splits"]:
-            manifest, packed = open_packed(argument, part)
+        folder, one = name_split(argument)
+        for part in [one] if one else open_manifest(folder)["splits"]:
+            manifest, packed = open_packed(folder, part)
             for i, target in enumerate(packed.targets):
                 labels = [manifest["labels"][c] for c in np.atleast_1d(target) if c >= 0]
-                add(f"{argument}:{part}[{i}] {packed.names[i]}", (packed, i), labels=labels, media=manifest["media"])
+                add(f"{folder}:{part}[{i}] {packed.names[i]}", (packed, i), labels=labels, media=manifest["media"])
     elif path.is_dir() or path.suffix.lower() == ".zip":
         entries, infos = list_folder(path)
         files = [entry for entry in entries if not entry.endswith("/")]
@@ -144,7 +145,7 @@ def collect(found: Found, argument: str, split: str, args: argparse.Namespace) -
     else:
         rows = read_list(path)
         root = str(Path(args.root).expanduser()) if args.root else str(path.parent)
-        places = locate(rows, root, args.media or "video")
+        places = locate(rows, root, args.media or ("image" if rows.layout == "imagenet" else "video"))
         labelled = any(rows.labels) and not args.multilabel
         if not all(places) and (line := wrong_separator(rows)):
             raise UserError(line)
@@ -296,13 +297,6 @@ def as_text(report: dict) -> list[str]:
 def _first(form: str, entries: list[str]) -> list[str]:
     more = [f"  and {len(entries) - SHOWN} more of these (--json has all)"] if len(entries) > SHOWN else []
     return [form.format(entry) for entry in entries[:SHOWN]] + more
-
-
-def write_json(file: str, report: dict) -> None:
-    try:
-        Path(file).write_text(json.dumps(report, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{file} can't be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

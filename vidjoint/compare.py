@@ -13,7 +13,7 @@ import numpy as np
 
 from vidjoint import predictions
 from vidjoint.errors import UserError, command, printable
-from vidjoint.evaluate import check_writable, write_json
+from vidjoint.output_files import check_writable, write_json
 from vidjoint.predictions import Predictions
 
 RESAMPLES = 10_000

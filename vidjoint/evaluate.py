@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from vidjoint.data.packed import is_packed, is_url
 from vidjoint.data.tasks import Task, open_tasks
 from vidjoint.errors import UserError, command
 from vidjoint.models.build import Model
+from vidjoint.output_files import check_writable, write_json
 from vidjoint.results import TaskResult, as_events, as_json, details_table, mean_score, table, write_predictions, write_reports
 from vidjoint.step import make_eval_step, multilabel_tasks
 
@@ -94,9 +94,12 @@ def _to_host(x: jax.Array) -> np.ndarray:
 
 
 def use_data(config: ConfigDict, name: str, labels: tuple[str, ...], file: str, root: str, folder: str) -> None:
-    """Puts the list `file` in place of a task's validation split; its labels are the run's numbers or class names. Writes these into `folder`."""
+    """Puts the list or packed data set `file` in place of a task's validation split.
+
+    A list's labels are the run's numbers or class names, which are written into `folder`.
+    """
     task, path = config.tasks[name], Path(file).expanduser().absolute()
-    if is_packed(file) or is_packed(str(path)):
+    if is_packed(str(path)) or is_url(file):
         task.update(source="packed", val=file if is_url(file) else str(path), fold="", root="", classes=0, labels="")
         return
     names = Path(folder) / "labels.json"  # JSON, for a text file of names like "1 left" would be taken for numbered names
@@ -126,7 +129,8 @@ def main(argv: list[str]) -> int:
         "--data",
         metavar="CSV",
         help="list of files to evaluate in place of the task's own validation split (needs --task): lines `path,label` or `path label`, "
-        "where a label is the name of a class of the run or its number from 0; for a multilabel task `path,label|label`; or a packed data set",
+        "where a label is the name of a class of the run or its number from 0; for a multilabel task `path,label|label`; or a packed data set, "
+        "PACK or PACK:SPLIT",
     )
     parser.add_argument("--root", default="", metavar="FOLDER", help="folder that the paths in --data start from (default: the list's own folder)")
     parser.add_argument("--data_root", metavar="FOLDER", help="where the run's own data is, if it has moved since")
@@ -194,21 +198,6 @@ def run(args: argparse.Namespace) -> None:
     write_json(args.json, content)
     if args.predictions:
         write_predictions(results, Path(args.predictions))
-
-
-def check_writable(file: str | None) -> None:
-    """Finds out before the work whether its results can be written to `file` (None: nowhere). Raises UserError if not."""
-    if file and (os.path.isdir(file) or not os.access(file if os.path.exists(file) else os.path.dirname(os.path.abspath(file)), os.W_OK)):
-        raise UserError(f"--json={file} can't be written: name a file in a folder that exists and is yours")
-
-
-def write_json(file: str | None, content: dict) -> None:
-    """Writes results to `file` (None: nowhere). Raises UserError if that fails."""
-    try:
-        if file:
-            Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json={file} can't be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -106,6 +106,8 @@ def make_plan(args: argparse.Namespace, split: str) -> Plan:
     settings = {"train": args.data, "val": args.val, "root": args.root, "labels": args.labels, "multilabel": args.multilabel}
     source = open_source("pack", task_config(source=kind, media=args.media, **settings), split, "")
     names = [source.name(i) for i in range(len(source))]
+    if len({os.path.isabs(name) for name in names}) > 1:  # there is no folder that holds them all
+        names = [os.path.abspath(name) for name in names]
     origin = os.path.commonpath([os.path.dirname(name) for name in names])
     return Plan(split, source, [os.path.relpath(name, origin or ".") for name in names], origin, args.shard_size or SHARD_SIZE[args.media])
 

@@ -17,7 +17,7 @@ from vidjoint.classifier import Classifier, parse_step
 from vidjoint.config import task_config
 from vidjoint.data.tasks import Task, open_tasks
 from vidjoint.errors import UserError, command
-from vidjoint.evaluate import check_writable, write_json
+from vidjoint.output_files import check_writable, write_json
 from vidjoint.probes import attentive, knn
 from vidjoint.probes.features import Backbone, check_file
 from vidjoint.probes.study import Study

@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import os
+import re
 import time
 import zipfile
 import zlib
@@ -34,9 +35,15 @@ PAUSES = (1.0, 5.0)  # seconds before a remote read is tried again
 open_shard = functools.lru_cache(maxsize=256)(OpenArchive)
 
 
+def name_split(what: str) -> tuple[str, str]:
+    """The folder or URL, and the split ("" if there is none), of FOLDER[:split] or URL[:split]."""
+    match = re.fullmatch(r"(.+?):([A-Za-z]\w*)", what, re.DOTALL)
+    return match.groups() if match else (what, "")
+
+
 def is_packed(what: str) -> bool:
-    """Whether a path or URL names a packed dataset; every URL does."""
-    return is_url(what) or os.path.isfile(os.path.join(what, MANIFEST))
+    """Whether FOLDER[:split] or URL[:split] names a packed dataset; every URL does."""
+    return is_url(what) or os.path.isfile(os.path.join(name_split(what)[0], MANIFEST))
 
 
 class PackedRecords:

@@ -29,7 +29,7 @@ from vidjoint.data.labels import (
     unusable_names,
 )
 from vidjoint.data.lists import Rows, add_kinetics, is_numeric, list_files, locate, name_files, read_list, wrong_separator
-from vidjoint.data.packed import is_url, open_packed
+from vidjoint.data.packed import is_url, name_split, open_packed
 from vidjoint.data.records import FileRecords, Source, TfdsRecords, ZipRecords
 from vidjoint.data.smarthome import SPLITS, find_clips
 from vidjoint.errors import UserError
@@ -388,8 +388,8 @@ def open_tfds(task: ConfigDict, what: str, split: str, data_root: Path) -> Sourc
 
 def open_pack(task: ConfigDict, what: str, split: str, data_root: Path) -> Source:
     """`what` is `FOLDER[:split]` or `URL[:split]`, by default the split that is asked for. Paths, labels and their number lie in it."""
-    match = re.fullmatch(r"(.+?)(?::([A-Za-z]\w*))?", what)
-    folder, part = match[1], match[2] or ("val" if split == "val" and task.val else "train")  # a fold's "val" is held out of train
+    folder, part = name_split(what)
+    part = part or ("val" if split == "val" and task.val else "train")  # a fold's "val" is held out of train
     manifest, records = open_packed(folder if is_url(folder) else str(data_root / Path(folder).expanduser()), part)
     labels, media = tuple(manifest["labels"]), manifest["media"]
     problems = []
