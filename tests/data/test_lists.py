@@ -156,6 +156,19 @@ def test_label_files(tmp_path, name, content, labels):
         assert lookup["n02"] == 1 and "crane" not in lookup
 
 
+def test_names_as_written_come_before_other_spellings(tmp_path):
+    content = json.dumps({"0": ["n01", "Cardigan"], "1": ["n02", "cardigan"], "2": ["crane"], "3": ["Crane", "Bird"], "4": "crane", "5": "BIRD"})
+    _, lookup = read_labels(write(tmp_path / "l.json", content))
+    assert {name: lookup.get(name) for name in ("Cardigan", "cardigan", "n01")} == {"Cardigan": 0, "cardigan": 1, "n01": 0}
+    assert {name: lookup.get(name) for name in ("crane", "Crane", "Bird", "BIRD", "bird")} == {
+        "crane": None,  # of two classes
+        "Crane": 3,
+        "Bird": 3,
+        "BIRD": 5,
+        "bird": None,  # another spelling of two
+    }
+
+
 def test_bad_label_files(tmp_path):
     with pytest.raises(UserError):
         read_labels(write(tmp_path / "l.txt", ""))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ def read_labels(file: Path) -> tuple[tuple[str, ...], dict[str, int]]:
 
     Known: one name per line; lines `name,number` (Moments in Time) or `number name`, numbered from 0 or 1; JSON lists; JSON {name: number}
     (Something-Something) and {number: name or [names]} (ImageNet). A name that two classes share (published lists have some) stands for neither.
+    A name as it is written comes before another's spelling as `plain_name` has it: ImageNet has the dog Cardigan and the garment cardigan.
     """
     try:
         text = file.read_bytes().decode("utf-8-sig")
@@ -39,12 +41,17 @@ def read_labels(file: Path) -> tuple[tuple[str, ...], dict[str, int]]:
         raise UserError(f"labels: {file} is not UTF-8 text: save it as UTF-8, one class name a line") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"labels: {file} is no list of class names ({error}): write one name per line") from None
-    lookup, ambiguous = {}, set()
-    for number, aliases in enumerate(names):
-        for alias in {*aliases, *map(plain_name, aliases)}:
-            if lookup.setdefault(alias, number) != number:
-                ambiguous.add(alias)
-    return tuple(aliases[-1] for aliases in names), {alias: number for alias, number in lookup.items() if alias not in ambiguous}
+    exact = [(alias, number) for number, aliases in enumerate(names) for alias in aliases]
+    lookup = _of_one_class((plain_name(alias), number) for alias, number in exact) | _of_one_class(exact)
+    return tuple(aliases[-1] for aliases in names), lookup
+
+
+def _of_one_class(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """name -> class number, of the names that only one class has."""
+    numbers = {}
+    for name, number in pairs:
+        numbers.setdefault(name, set()).add(number)
+    return {name: min(found) for name, found in numbers.items() if len(found) == 1}
 
 
 def read_wordnet(file: Path) -> dict[str, str] | None:
