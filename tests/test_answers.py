@@ -1,6 +1,13 @@
 """The table of answers and the list of failures, as people see them."""
 
-from vidjoint.answers import Failures, Table, encodable
+import contextlib
+import json
+import os
+
+import pytest
+
+from vidjoint.answers import AnswerFile, Failures, Table, encodable
+from vidjoint.errors import UserError
 
 LABELS = {"motion": ("left", "right"), "scenes": ("a kitchen with a very long name, seen from above", "été", "厨房")}
 ANSWERS = [
@@ -8,6 +15,20 @@ ANSWERS = [
     {"path": "a.mp4", "task": "scenes", "labels": [LABELS["scenes"][0], "厨房"], "scores": [1.0, 0.0]},
     {"path": "longer/b.mp4", "error": "no video"},
 ]
+
+
+def test_a_pipe_is_written_to_and_never_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # with it, opening the pipe does not wait
+    for name in (str(tmp_path / "pipe"), "/dev/null"):
+        with contextlib.ExitStack() as opened:
+            file = AnswerFile(name, ["a.mp4"], opened)
+            assert not file.answered and file.sample is None
+            file.write(ANSWERS[0])
+    assert os.read(reader, 1000).decode() == json.dumps(ANSWERS[0]) + "\n"
+    os.close(reader)
+    with contextlib.ExitStack() as opened, pytest.raises(UserError, match="can't be written .Is a directory"):
+        AnswerFile(str(tmp_path), [], opened)
 
 
 def lines_of(table):

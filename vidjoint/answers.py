@@ -16,7 +16,7 @@ SAME = 0.02  # largest difference of two scores of one model, on different devic
 
 
 class AnswerFile:
-    """One JSON object per line, written through at once. A file that is there already is gone on with.
+    """One JSON object per line, written through at once. A regular file that is there already is gone on with.
 
     Lines that say "error" are taken out, for these files are tried again; so is a last line that was cut off. All other lines stay.
 
@@ -34,7 +34,7 @@ class AnswerFile:
         self.name, self.answered, self.sample = name, set(), None
         with self._user_errors():
             lines = []
-            if os.path.exists(name):
+            if os.path.isfile(name):  # a pipe has no lines to go on with, and reading it would never end
                 with open(name, encoding="utf-8", errors="surrogateescape") as file:
                     lines = self._kept(file.read().split("\n"), set(paths))
                 if lines is not None:
@@ -65,7 +65,7 @@ class AnswerFile:
             kept.append(line)
         return None if kept == lines[:-1] and not lines[-1] else kept
 
-    def check(self, again: dict, topk: int) -> None:
+    def check(self, again: dict) -> None:
         """Compares `sample` with the answer to the same question now. Raises UserError if another one was asked then."""
         then = self.sample
         differs = ""

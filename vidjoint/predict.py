@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         tasks = classifier.choose_tasks(args.task)
         args.threads = args.threads or cores()
         if answered and answered.sample:
-            answered.check(_again(classifier, answered.sample, args.topk), args.topk)
+            answered.check(_again(classifier, answered.sample, args.topk))
         return _Run(args, classifier, tasks, files, answered, [sink for sink in (copies, timelines) if sink]).run(opened)
 
 
