@@ -40,6 +40,8 @@ def same(read, expected, torch):
         assert type(read) is dict and list(read) == list(expected)
         for key, value in expected.items():
             same(read[key], value, torch)
+    elif isinstance(expected, set | frozenset):
+        assert type(read) is list and read == list(expected)
     elif isinstance(expected, list | tuple):
         assert len(read) == len(expected)
         for part, value in zip(read, expected, strict=True):
@@ -51,7 +53,8 @@ def same(read, expected, torch):
 @pytest.mark.parametrize("modern", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_reads_what_torch_saves(torch, tmp_path, modern, protocol):
-    table = torch.arange(24.0).reshape(4, 6) / 7
+    table, marked = torch.arange(24.0).reshape(4, 6) / 7, torch.arange(3.0)
+    marked.no_decay = True  # such a tensor is saved by another function
     state = OrderedDict(
         whole=table,
         transposed=table.t(),
@@ -68,6 +71,10 @@ def test_reads_what_torch_saves(torch, tmp_path, modern, protocol):
         short=torch.arange(3, dtype=torch.int16),
         empty=torch.zeros(0, 3),
         repeated=torch.arange(5).expand(1, -1),
+        expanded=torch.tensor([[1.0], [2.0]]).expand(2, 9),
+        overlapping=torch.arange(5.0).unfold(0, 3, 1),
+        marked=marked,
+        buffer=torch.nn.Buffer(table - 1),
         unsigned=torch.arange(5).to(torch.uint16),  # a type without a storage of its own
     )
     saved = {
@@ -78,6 +85,9 @@ def test_reads_what_torch_saves(torch, tmp_path, modern, protocol):
         "shape": table.shape,
         "best": np.float64(77.9),
         "milestones": Counter([11, 14]),
+        "frozen": {"b"},
+        "never": frozenset({3}),
+        "nobody": set(),
         "none": None,
         "text": "naïve ☃",
         "large": 2**70,
@@ -141,6 +151,29 @@ def test_reads_files_made_by_hand(tmp_path):
         before = path.read_bytes()
         read["a"][:] = 7  # arrays may be written to; the file is not
         assert path.read_bytes() == before
+
+
+def with_attributes(tensor):
+    """A tensor's instructions, a call, as torch.save writes it where the tensor has attributes: function, type, arguments, attributes."""
+    function, arguments = tensor.split(b"(", 1)
+    return named("torch._tensor", "_rebuild_from_type_v2") + b"(" + function + named("torch", "Tensor") + b"(" + arguments[:-1] + b"}tR"
+
+
+LESS_USUAL = {  # instructions -> what they make
+    "a set": (named("__builtin__", "set") + b"](" + plain("x") + plain("y") + b"e\x85R", ["x", "y"]),
+    "a frozen set of protocol 3": (named("builtins", "frozenset") + b"]\x85R", []),
+    "an expanded tensor": (tensor(size=(6, 4), stride=(1, 0)), np.repeat(SIX, 4).reshape(6, 4)),
+    "a tensor with attributes": (with_attributes(tensor()), SIX.reshape(2, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", LESS_USUAL)
+def test_reads_what_is_less_usual(tmp_path, kind):
+    program, expected = LESS_USUAL[kind]
+    for path in both(tmp_path, state_dict(a=program, b=tensor())):
+        found = read_torch(path)["a"]
+        assert type(found) is type(expected)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_reads_views_of_storages_in_old_files(tmp_path):
@@ -214,6 +247,15 @@ def hostile(command):
         "a call of a storage's type": (b"\x80\x02" + named("torch", "FloatStorage") + b"(" + text("0") + b"tR.", "calls torch.FloatStorage"),
         "a call of a dict": (b"\x80\x02}" + run + b".", "no function"),
         "a codec": (b"\x80\x02" + named("_codecs", "encode") + b"(" + text("x") + text("hex") + b"tR.", "_codecs.encode"),
+        "a set of a name": (b"\x80\x02" + named("__builtin__", "set") + b"(" + text("x") + b"tR.", "calls __builtin__.set"),
+        "another type of tensor": (
+            b"\x80\x02" + named("torch._tensor", "_rebuild_from_type_v2") + b"(" + named("torch._utils", "_rebuild_tensor") + named("os", "system"),
+            "refers to os.system",
+        ),
+        "a tensor with attributes that calls another name": (
+            b"\x80\x02" + named("torch._tensor", "_rebuild_from_type_v2") + b"(" + named("torch", "Size") + named("torch", "Tensor") + b"))}tR.",
+            "calls torch._tensor._rebuild_from_type_v2 in a way",
+        ),
         "a dtype of objects": (b"\x80\x02" + named("numpy", "dtype") + b"(" + text("O8") + b"\x89\x88tR.", "numpy.dtype"),
         "a state dict as default": (b"\x80\x02" + named("collections", "defaultdict") + b"(" + named("os", "system") + b"tR.", "defaultdict"),
         "persistent id": (b"\x80\x02" + text(command) + b"Q.", "no storage"),

@@ -39,8 +39,11 @@ DICTS = ("collections.OrderedDict", "collections.Counter")
 SETTINGS = ("argparse.Namespace", "yacs.config.CfgNode", "fvcore.common.config.CfgNode")
 SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 REBUILT = tuple(f"torch._utils._rebuild_{what}" for what in ("tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state"))
-OTHERS = ("torch.nn.parameter.Parameter", "torch.Size", "torch.device", "numpy.dtype", "_codecs.encode")
-ALLOWED = frozenset([*STORAGES, *DTYPES, *DICTS, *SETTINGS, *SCALARS, *REBUILT, *OTHERS])
+WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"  # another function and its arguments, then what the tensor gets besides
+TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+SETS = tuple(f"{module}.{name}" for module in ("__builtin__", "builtins") for name in ("set", "frozenset"))  # protocols 2 and 3 call them
+OTHERS = ("torch.Size", "torch.device", "numpy.dtype", "_codecs.encode")
+ALLOWED = frozenset([*STORAGES, *DTYPES, *DICTS, *SETTINGS, *SCALARS, *REBUILT, WITH_ATTRIBUTES, *TENSORS, *SETS, *OTHERS])
 UNREAD = {  # part of a name of torch's -> what a file that refers to it holds
     "qtensor": "quantised tensors", "QInt": "quantised tensors", "QUInt": "quantised tensors", "torch.qint": "quantised tensors",
     "torch.quint": "quantised tensors", "sparse": "sparse tensors", "Complex": "complex numbers", "torch.complex": "complex numbers",
@@ -378,6 +381,10 @@ class _Pickle:
                 return tensor
             case ("torch._utils._rebuild_parameter_with_state", np.ndarray() as tensor, *_):
                 return tensor
+            case (name, Global(inner), Global(kind), tuple() as rest, _) if name == WITH_ATTRIBUTES and inner in REBUILT and kind in TENSORS:
+                return self.call(Global(inner), rest)
+            case (name, list() as members) if name in SETS:
+                return list(members)
             case ("collections.OrderedDict",):
                 return {}
             case ("collections.OrderedDict", list() as pairs):
@@ -408,14 +415,14 @@ class _Pickle:
             raise BadFile("is refused: its pickle repeats itself beyond measure")
 
     def tensor(self, flat: object, offset: object, size: object, stride: object) -> np.ndarray:
-        """A view of a storage, `offset` and `stride` in elements. Its elements lie within the storage, and are no more than the storage has."""
+        """A view of a storage, `offset` and `stride` in elements: all lie within the storage. Of a stride of 0 (`expand`), many are one."""
         if not isinstance(flat, np.ndarray) or not all(isinstance(sizes, tuple | list) for sizes in (size, stride)) or len(size) != len(stride):
             raise BadFile("is damaged: a tensor without storage, size or stride")
         elements = count_elements(size, "a tensor")
         if not all(type(step) is int and 0 <= step < 2**48 for step in (offset, *stride)):
             raise BadFile(f"is damaged: a tensor with offset {shown(offset)} and stride {shown(stride)}")
         last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-        if elements and (last >= flat.size or elements > flat.size):
+        if elements and last >= flat.size:
             raise BadFile(f"is damaged: a tensor of shape {list(size)}, stride {list(stride)}, offset {offset} exceeds its {flat.size} elements")
         self.tensor_bytes += elements * flat.itemsize
         if self.tensor_bytes > MOST_SHARED * len(self.stream.data):
