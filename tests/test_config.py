@@ -171,6 +171,45 @@ def get_config():
 """
 
 
+WITH_A_DATACLASS = """from __future__ import annotations
+
+import dataclasses
+import sys
+
+from vidjoint.config import base_config, parse
+
+
+@dataclasses.dataclass
+class Sizes:
+    steps: int = 7
+
+
+def get_config():
+    {more}
+
+    @dataclasses.dataclass
+    class Others:
+        batch: int = 5
+
+    assert sys.modules[__name__].Sizes is Sizes
+    config = base_config()
+    config.update(total_steps=Sizes().steps, batch_size=Others().batch)
+    return config
+"""
+
+
+def test_an_experiment_may_have_dataclasses_and_load_others(tmp_path):
+    """They look for their module by its name, which no other program must find afterwards."""
+    before = set(sys.modules)
+    (tmp_path / "inner.py").write_text(WITH_A_DATACLASS.format(more=""))
+    (tmp_path / "broken.py").write_text(WITH_A_DATACLASS.format(more="raise ValueError('no data')"))
+    (tmp_path / "outer.py").write_text(WITH_A_DATACLASS.format(more=f"parse(['--config={tmp_path}/inner.py'])"))
+    assert parse([f"--config={tmp_path}/outer.py"])[0].total_steps == 7
+    with pytest.raises(UserError, match="no data"):
+        parse([f"--config={tmp_path}/broken.py"])
+    assert not {name for name in set(sys.modules) - before if "experiment" in name}
+
+
 def test_an_experiment_imports_its_neighbours_from_any_folder(tmp_path, monkeypatch):
     clone = Path(__file__).parents[1]
     for place, width in (("mine", 24), ("yours", 32)):

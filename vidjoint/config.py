@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -341,12 +342,12 @@ def _load_file(file: Path, arguments: list[str]) -> ConfigDict:
     """Runs `get_config(*arguments)` of an experiment's file; the config is checked against the schema and locked."""
     if not file.is_file():
         raise UserError(f"--config={file}: there is no such file")
-    spec = importlib.util.spec_from_file_location("experiment", file)
+    spec = importlib.util.spec_from_file_location("<experiment>", file)
     if spec is None:
         raise UserError(f"--config={file}: an experiment is a Python file (NAME.py) with a function get_config")
     module = importlib.util.module_from_spec(spec)
     try:
-        with _neighbours(Path(os.path.abspath(file)).parent):
+        with _neighbours(Path(os.path.abspath(file)).parent), _registered(module):
             spec.loader.exec_module(module)
             if not hasattr(module, "get_config"):
                 raise UserError(f"{file} has no function get_config")
@@ -397,6 +398,19 @@ def _neighbours(folder: Path) -> Iterator[None]:
         sys.path[:] = path
         forget()
         sys.modules.update(before)
+
+
+@contextlib.contextmanager
+def _registered(module: ModuleType) -> Iterator[None]:
+    """While it is open, code finds the module by its name, as dataclasses look for theirs."""
+    before = sys.modules.get(module.__name__)  # of an experiment that loads this one
+    sys.modules[module.__name__] = module
+    try:
+        yield
+    finally:
+        sys.modules.pop(module.__name__, None)
+        if before is not None:
+            sys.modules[module.__name__] = before
 
 
 def override(config: ConfigDict, change: str) -> list[str]:
