@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from vidjoint import sharding
+from vidjoint import sharding, validate
 from vidjoint.data.examples import ClipSpec
 from vidjoint.data.files import has_extension
 from vidjoint.data.prediction import PIECE, Piece, Row, Window, decoded, group, whole_files
@@ -187,7 +187,7 @@ class Classifier:
         self, pieces: Iterable[Piece], kinds_of: Callable[[str], tuple[_Kind, ...]], function: Callable, pace: Pace, threads: int = 0
     ) -> Iterator[tuple[Row, dict | np.ndarray]]:
         """Yields every row with what `function(params, pixels [B, V, T, H, W, 3], tasks)` makes of it, in order."""
-        temporal, spatial = (int(n) for n in self.config.eval.views.split("x"))
+        temporal, spatial = validate.views(self.config.eval.views)
         size, threads = self._batch_size(), threads or decode_threads(self.config.data)
         rows = decoded(pieces, lambda path: tuple(kind.clip for kind in kinds_of(path)), temporal, spatial, threads, 2 * threads + size)
         groups, in_flight, done, due = group(rows, size), deque(), {}, 0
@@ -236,7 +236,7 @@ class Classifier:
 
     def _bytes_of_clip(self) -> int:
         """All views of the largest clip that a task has."""
-        temporal, spatial = (int(n) for n in self.config.eval.views.split("x"))
+        temporal, spatial = validate.views(self.config.eval.views)
         return temporal * spatial * max(math.prod(clip_spec(self.config, task).shape) for task in self.config.tasks)
 
     def _kinds(self, tasks: tuple[str, ...]) -> tuple[_Kind, ...]:

@@ -15,6 +15,7 @@ from vidjoint import predictions
 from vidjoint.errors import UserError, command, printable
 from vidjoint.output_files import check_writable, write_json
 from vidjoint.predictions import Predictions
+from vidjoint.results import percent
 
 RESAMPLES = 10_000
 SEED = 0  # of the resamples: the same files give the same interval
@@ -91,7 +92,7 @@ def table(name: str, result: dict) -> str:
     verdict = "no clear difference" if low <= 0 <= high else "B is better" if low > 0 else "A is better"
     lines = [
         f"{name}: {result['n']:,} examples",
-        f"  top-1       A {_percent(result['top1_a'])}, B {_percent(result['top1_b'])}",
+        f"  top-1       A {percent(result['top1_a'])}, B {percent(result['top1_b'])}",
         f"  difference  {_points(result['difference'])} points, 95 % interval {_points(low)} to {_points(high)}: {verdict}",
         f"  only A right {result['only_a']:,}, only B right {result['only_b']:,}, McNemar's exact p {result['p']:.2g}",
     ]
@@ -100,7 +101,7 @@ def table(name: str, result: dict) -> str:
     if shown:
         lines.append(f"  {'class':<32} {'examples':>8} {'A':>8} {'B':>8} {'B - A':>7}")
     for row in shown:
-        shares = f"{_percent(row['top1_a']):>8} {_percent(row['top1_b']):>8} {_points(row['difference']):>7}"
+        shares = f"{percent(row['top1_a']):>8} {percent(row['top1_b']):>8} {_points(row['difference']):>7}"
         lines.append(f"  {printable(row['label']):<32} {row['examples']:>8,} {shares}")
     return "\n".join(lines)
 
@@ -113,10 +114,6 @@ def _relative(paths: tuple[str, ...]) -> list[str]:
 
 def _mean(right: np.ndarray) -> float:
     return float(right.mean())
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _points(share: float) -> str:

@@ -21,6 +21,7 @@ from vidjoint.output_files import check_writable, write_json
 from vidjoint.probes import attentive, knn
 from vidjoint.probes.features import Backbone, check_file
 from vidjoint.probes.study import Study
+from vidjoint.results import percent
 
 KINDS = ("linear", "knn", "attentive")
 OWN = ("train", "val", "fold", "root", "labels", "source", "media", "multilabel")  # keys of a task that have a flag here
@@ -113,14 +114,10 @@ def table(probes: dict[str, dict]) -> str:
     for kind, probe in probes.items():
         interval = probe["top1_interval"] and "{:.1f} .. {:.1f} %".format(*(100 * share for share in probe["top1_interval"]))
         chosen = ", ".join(f"{name}={value:g}" for name, value in probe["chosen"].items())
-        cells = [chosen, _percent(probe["held_out"]), _percent(probe["top1"]), interval or "-", _percent(probe["top5"])]
-        cells += [_percent(probe.get("map"))] * several
+        cells = [chosen, percent(probe["held_out"]), percent(probe["top1"]), interval or "-", percent(probe["top5"])]
+        cells += [percent(probe.get("map"))] * several
         lines.append(f"{kind:<12}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False)))
     return "\n".join(lines)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 @command

@@ -52,13 +52,13 @@ def write(folder: RunFolder, tasks: dict[str, Task] | None = None, out: Path | N
     body = [
         tag("h1", folder.path.resolve().name),
         tag("p", f"{step}, {folder.path.resolve()}", class_="note"),
-        tag("nav", *(tag("a", title, href=f"#{key}") for key, title in _contents(config, results)), aria_label="Contents"),
+        tag("nav", *(tag("a", title, href=f"#{key}") for key, title in _contents(results)), aria_label="Contents"),
     ]
-    body += _results(config, results, found, folder) + _curves(events)
+    body += _results(config, results, found) + _curves(events)
     with contextlib.closing(Pictures(tasks or {}, wanted(found))) as pictures:
         for name in results.get("tasks", found):
             body += _task(name, folder, found.get(name), pictures, note)
-    body += _settings(config) + _about(_read_json(folder.about), results)
+    body += _settings(config) + _about(_read_json(folder.about))
     out = out or folder.report
     try:
         metrics.write_whole(out, page(f"{folder.path.resolve().name}: vidjoint", body).encode())
@@ -78,12 +78,12 @@ def write_if_possible(folder: RunFolder, tasks: dict[str, Task]) -> None:
 # Sections
 
 
-def _contents(config: ConfigDict, results: dict) -> list[tuple[str, str]]:
+def _contents(results: dict) -> list[tuple[str, str]]:
     tasks = [(f"task-{name}", name) for name in results.get("tasks", ())]
     return [("results", "Results"), ("curves", "Curves"), *tasks, ("config", "Config"), ("data", "Data and machine")]
 
 
-def _results(config: ConfigDict, results: dict, found: dict[str, Predictions], folder: RunFolder) -> list:
+def _results(config: ConfigDict, results: dict, found: dict[str, Predictions]) -> list:
     lines = [tag("h2", "Results", id="results")]
     if not results:
         return [*lines, tag("p", "There are none yet: they come when the run is done.", class_="note")]
@@ -210,7 +210,7 @@ def _settings(config: ConfigDict) -> list:
     ]
 
 
-def _about(about: dict, results: dict) -> list:
+def _about(about: dict) -> list:
     parts = [tag("h2", "Data and machine", id="data")]
     if not about:
         return [*parts, tag("p", "Not recorded: this run was started by an older version.", class_="note")]

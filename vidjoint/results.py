@@ -119,10 +119,14 @@ def table(content: dict) -> str:
     for name, task in tasks.items():
         chance = None if "map" in task else 1 / task["classes"]
         shares = [chance, task["top1"], task["top5"], task.get("top1_reversed"), task.get("map"), task.get("map_reversed")]
-        cells = [f"{100 * share:.1f} %" if share is not None else "-" for share in shares]
+        cells = map(percent, shares)
         row = (f" {cell:>{max(8, len(title) + 1)}}" for title, cell in zip(titles, cells, strict=False))
         lines.append(f"{name:<20} {task['n']:>8} {task['classes']:>8}" + "".join(row))
     return "\n".join(lines)
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def details_table(name: str, details: dict) -> str:
@@ -132,7 +136,7 @@ def details_table(name: str, details: dict) -> str:
     for row in details["per_class"]:
         share, wrong = row.get("top1", row.get("average_precision")), row.get("taken_for")
         taken = f"  {printable(wrong)} ({row['taken_for_examples']})" if wrong else ""
-        lines.append(f"{indent}{printable(row['label']):<32} {row['examples']:>8} {'-' if share is None else f'{100 * share:.1f} %':>8}{taken}")
+        lines.append(f"{indent}{printable(row['label']):<32} {row['examples']:>8} {percent(share):>8}{taken}")
     if details.get("mean_class_top1") is not None:
         lines.append(f"{indent}mean over the classes: {100 * details['mean_class_top1']:.1f} %")
         lines.append(f"{indent}calibration error (ECE): {100 * details['calibration']['ece']:.1f} %")

@@ -184,11 +184,11 @@ def collectives(lines: list[tuple[int, str]]) -> dict[str, dict]:
                 arrays = [array for array in arrays if array[0] != "u32" or array[2]]
                 arrays = arrays[len(arrays) // 2 :]
             found[kind]["count"] += times
-            found[kind]["bytes"] += times * sum(_array_bytes(*array) for array in arrays)
+            found[kind]["bytes"] += times * sum(_array_bytes(bits, shape) for _, bits, shape in arrays)
     return dict(sorted(found.items()))
 
 
-def _array_bytes(dtype: str, bits: str, shape: str) -> int:
+def _array_bytes(bits: str, shape: str) -> int:
     elements = math.prod(int(size) for size in shape.split(",") if size)
     return math.ceil(elements * (int(bits) if bits else 8) / 8)
 

@@ -12,8 +12,8 @@ from vidjoint.data.decode import DecodeError
 from vidjoint.data.files import is_hidden
 from vidjoint.errors import UserError
 
-MOST_RATIO = 50  # how often its packed size a member may unpack to; pictures and videos hardly shrink at all
-FREE_RATIO = 64 << 20  # bytes for which the ratio does not count: a plain bitmap of one colour is fine
+MOST_RATIO = 50  # how often its packed size what is in a zip (or .npz) may unpack to; pictures, videos and trained weights hardly shrink at all
+FREE_RATIO = 64 << 20  # bytes for which the ratio does not count: a plain bitmap of one colour, or a small file of zeros, is fine
 MOST_MEMBER = 4 << 30  # bytes of a member, unpacked: it is held in memory whole
 
 

@@ -12,14 +12,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from vidjoint.data.archives import FREE_RATIO, MOST_RATIO
 from vidjoint.errors import UserError
 from vidjoint.weights.mapped import MOST_ENTRIES, BadFile, Mapped, array_at, count_elements, map_file, reading, shown, unpack, zip_members
-from vidjoint.weights.torch_file import read_torch, tensors_of
+from vidjoint.weights.torch_file import BFLOAT16, read_torch, tensors_of
 
 TORCH = (".pth", ".pyth", ".pt", ".bin", ".ckpt", ".th")
 PART = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
@@ -36,10 +36,7 @@ OF_ITS_FOLDER = ("model.safetensors", f"model{INDEX}", "pytorch_model.bin")  # w
 
 MOST_JSON = 16 << 20  # bytes of a JSON file, or of the header of a safetensors file
 MOST_UNPACKED = 64 << 30  # bytes of all arrays of an .npz
-MOST_RATIO = 50  # how often its own size a packed .npz may unpack to; trained weights hardly shrink at all
-FREE_RATIO = 64 << 20  # bytes for which the ratio does not count: a small file of zeros is fine
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SAFETENSORS_DTYPES = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16, "I64": np.dtype("<i8"), "I32": np.dtype("<i4"),
     "I16": np.dtype("<i2"), "I8": np.dtype("i1"), "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"),
