@@ -306,9 +306,3 @@ def test_temporal_views_that_would_be_equal_are_refused(command, run):
     status, _, errors = command("--task=clips", "--views=2x1")
     (run / "config.json").write_text(text)
     assert status == 2 and len(errors) == 1 and "2 temporal views" in errors[0]
-
-
-def test_json_may_be_a_device_and_no_file_needs_no_right():
-    evaluate.check_writable("/dev/null")
-    evaluate.check_writable(None)
-    evaluate.write_json("/dev/null", {})

@@ -14,7 +14,7 @@ from vidjoint.checkpoints import Checkpoints
 from vidjoint.data.mixture import Mixture
 from vidjoint.errors import UserError
 from vidjoint.in_flight import Step
-from vidjoint.metrics import write_whole
+from vidjoint.output_files import write_whole
 
 FOLDER = "bad_step"  # in the run's folder; `vidjoint.replay` reads it
 

@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 from vidjoint import trackers
+from vidjoint.output_files import write_whole
 
 BINS = 15  # of confidence, in the calibration error
 
@@ -276,14 +276,6 @@ def rounded(value):
         return int(value)
     number = float(value)
     return float(f"{number:.6g}") if math.isfinite(number) else None
-
-
-def write_whole(path, content: bytes) -> None:
-    """Writes a file so that it is seen either whole or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def _check_range(what: str, numbers: np.ndarray, classes: int) -> None:

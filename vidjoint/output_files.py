@@ -1,10 +1,29 @@
-"""Files that commands write their results to."""
+"""Files that commands write: each whole or not at all, and results as JSON where the user wants them."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
 
 from vidjoint.errors import UserError
+
+UNFINISHED = ".unfinished-"  # begins the names of files that are being written
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Writes a file so that it is seen either whole or not at all, also after a power cut. Raises OSError."""
+    path = Path(path)
+    beside = path.with_name(UNFINISHED + path.name)
+    try:
+        with open(beside, "wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        beside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
 
 
 def check_writable(file: str | None) -> None:

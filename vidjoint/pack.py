@@ -25,10 +25,11 @@ from vidjoint.data.encode import Encoding
 from vidjoint.data.files import some
 from vidjoint.data.image import describe_image
 from vidjoint.data.packed import FORMAT, MANIFEST, is_url, open_manifest, open_packed
-from vidjoint.data.shards import NAME, PARTS, UNFINISHED, Plan, in_order, make_features, read_part, write_atomically, write_split
+from vidjoint.data.shards import NAME, PARTS, Plan, in_order, make_features, read_part, write_split
 from vidjoint.data.sources import open_source
 from vidjoint.data.video import Video
 from vidjoint.errors import UserError, command, printable
+from vidjoint.output_files import UNFINISHED, write_whole
 
 SHARD_SIZE = {"video": 512, "image": 8192}  # examples: some 100 to 300 MB
 SOURCES = ("csv", "folder", "smarthome", "demo")
@@ -74,12 +75,12 @@ def main(argv: list[str]) -> int:
                 write_split(out, plan, None if args.keep else how, args.workers)
                 finish_split(out, plan, manifest)
             write_tfds(out, manifest)
-            write_atomically(out / MANIFEST, as_json(manifest))
+            write_whole(out / MANIFEST, as_json(manifest))
             with ThreadPoolExecutor(args.workers) as pool:
                 for plan in plans:
                     verify(out, plan, manifest, pool)
                     manifest["splits"][plan.split]["finished"] = True
-            write_atomically(out / MANIFEST, as_json(manifest))
+            write_whole(out / MANIFEST, as_json(manifest))
     except BrokenProcessPool:
         raise UserError("a worker was killed, perhaps for want of memory: lower --workers; the same command goes on where this one stopped") from None
     except OSError as error:
@@ -173,7 +174,7 @@ def begin(out: Path, args: argparse.Namespace, how: Encoding, plans: list[Plan])
         raise UserError(f"{out} is not empty and was not written by vidjoint.pack (it holds {some(sorted(strangers))}): name another folder")
     manifest = {"format": FORMAT} | head | {"splits": splits}
     (out / PARTS).mkdir(exist_ok=True)
-    write_atomically(out / MANIFEST, as_json(manifest))
+    write_whole(out / MANIFEST, as_json(manifest))
     return manifest
 
 

@@ -9,7 +9,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from vidjoint.metrics import write_whole
+from vidjoint.output_files import write_whole
 
 DPI = 150
 LABEL_LENGTH = 32  # characters of a class name that a tick label shows

@@ -22,6 +22,7 @@ from vidjoint.config import base_config, flat, task_config
 from vidjoint.data.tasks import Task, open_tasks
 from vidjoint.errors import UserError, command
 from vidjoint.mistakes import PER_PAIR, Pictures, confused, hardest, wanted
+from vidjoint.output_files import write_whole
 from vidjoint.page import Html, count, curve_styles, line_chart, page, percent, picture, reliability_chart, table, tag
 from vidjoint.predictions import Predictions
 from vidjoint.run_folder import RunFolder
@@ -61,7 +62,7 @@ def write(folder: RunFolder, tasks: dict[str, Task] | None = None, out: Path | N
     body += _settings(config) + _about(_read_json(folder.about))
     out = out or folder.report
     try:
-        metrics.write_whole(out, page(f"{folder.path.resolve().name}: vidjoint", body).encode())
+        write_whole(out, page(f"{folder.path.resolve().name}: vidjoint", body).encode())
     except OSError as error:
         raise UserError(f"--out={out} can't be written: {error.strerror}") from None
     return out

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from vidjoint import config as config_module
 from vidjoint.errors import UserError
-from vidjoint.metrics import write_whole
+from vidjoint.output_files import write_whole
 
 # Keys that may change between the start of a run and its continuation: they don't say what is computed, only where, how fast and what is looked at
 HARMLESS = re.compile(

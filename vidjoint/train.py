@@ -28,6 +28,7 @@ from vidjoint.data.tasks import Task, open_tasks, union_size
 from vidjoint.errors import UserError
 from vidjoint.in_flight import InFlight, Step
 from vidjoint.models.build import Model, build
+from vidjoint.output_files import write_whole
 from vidjoint.run_folder import RunFolder
 from vidjoint.stopping import Stopped, StopSignal, Waiting
 from vidjoint.weights.init_from import Plan, plan
@@ -201,7 +202,7 @@ def _train(setup: Setup, folder: RunFolder, labels: dict[str, tuple[str, ...]], 
     if jax.process_index() == 0:
         folder.write(config, labels)
         if setup.start:
-            metrics.write_whole(folder.path / "init_from.txt", setup.start.table().encode())
+            write_whole(folder.path / "init_from.txt", setup.start.table().encode())
     evaluator = evaluate.Evaluator(config, setup.model, setup.tasks, setup.mesh)
     with Checkpoints(folder.path, config.keep_checkpoints) as checkpoints, sharding.memory_errors(MEMORY_ADVICE):
         start = checkpoints.latest()
@@ -211,7 +212,7 @@ def _train(setup: Setup, folder: RunFolder, labels: dict[str, tuple[str, ...]], 
         stop.when_saved(start)
         if jax.process_index() == 0:
             about = summary.describe(config, setup.tasks, setup.mixture, setup.model, state, setup.mesh)
-            metrics.write_whole(folder.about, (json.dumps(about, indent=2) + "\n").encode())
+            write_whole(folder.about, (json.dumps(about, indent=2) + "\n").encode())
             print(summary.text(about, start, setup.total_steps, folder.path, config.log_to), flush=True)
         with Log(folder.path, start, setup.total_steps, config) as events:
             state = run_steps(setup, state, start, evaluator, checkpoints, events, stop, folder.path)
@@ -222,7 +223,7 @@ def _train(setup: Setup, folder: RunFolder, labels: dict[str, tuple[str, ...]], 
                 events.write(end, evaluate.as_events(results))
     content = evaluate.as_json(results, end)
     if jax.process_index() == 0:
-        metrics.write_whole(folder.results, (json.dumps(content, indent=2) + "\n").encode())
+        write_whole(folder.results, (json.dumps(content, indent=2) + "\n").encode())
         evaluate.write_reports(results, folder.path)
         plots.learning_curves_png(folder.path / "curves.png", metrics.read_events(folder.path / "metrics.jsonl"))
         report.write_if_possible(folder, setup.tasks)

@@ -26,11 +26,11 @@ from vidjoint.data.encode import Encoding, content_of, encode_image, encode_vide
 from vidjoint.data.facts import facts_of
 from vidjoint.data.packed import end_of, find_records
 from vidjoint.data.records import Source
+from vidjoint.output_files import UNFINISHED, write_whole
 
 NAME = "packed"  # of the TFDS data set
 PARTS = "parts"  # folder for what is known of each shard
 LIMITS = isolated.Limits(3600.0, 4 << 30)  # of the child process that decodes and encodes a file, be it a long film
-UNFINISHED = ".unfinished-"  # begins the names of files that are being written
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def write_shard(out: Path, plan: Plan, name: str, encoded: Iterable[tuple[int, i
     descriptor = os.open(beside, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    write_atomically(out / PARTS / f"{name}.json", json.dumps(part).encode())
+    write_whole(out / PARTS / f"{name}.json", json.dumps(part).encode())
     beside.rename(out / name)
 
 
@@ -169,15 +169,6 @@ def read_part(out: Path, name: str) -> dict | None:
         return part if (out / name).stat().st_size == part["bytes"] else None
     except (OSError, ValueError):
         return None
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    beside = file.with_name(UNFINISHED + file.name)
-    with open(beside, "wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-    beside.rename(file)
 
 
 def make_features(labels: tuple[str, ...], multilabel: bool, media: str):

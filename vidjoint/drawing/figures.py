@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vidjoint.metrics import write_whole
+from vidjoint.output_files import write_whole
 
 DPI = 110
 MOST_LABEL = 32  # characters of a name
