@@ -9,13 +9,14 @@ import pytest
 import vidjoint
 from tests.weights import small
 from tests.weights.parity import ATOL, library, pixels_of, randomise, saved
+from vidjoint import validate
 from vidjoint.config import base_config, task_config
 from vidjoint.errors import UserError
 from vidjoint.models.build import OF_WEIGHTS, spec_from_config
 from vidjoint.train import train
 from vidjoint.weights.__main__ import main
 from vidjoint.weights.export import TARGETS, choose_target, to_hugging_face
-from vidjoint.weights.pretrained import Pretrained, open_weights
+from vidjoint.weights.pretrained import Pretrained, open_weights, rename_task
 
 ONE = dict(num_hidden_layers=1)  # block where two would show no more, for less to compile
 DINO = {key: value for key, value in small.SIZES.items() if key != "intermediate_size"} | dict(mlp_ratio=2, layerscale_value=0.5) | ONE
@@ -240,6 +241,13 @@ def test_a_task_of_another_shape_than_the_model_s_is_refused(tmp_path):
     weights = weights_of({"tags": ("a", "b"), "stills": ("c", "d")})
     weights.config.tasks.stills.update(media="image", image_size=(size, size))
     to_hugging_face(weights, tmp_path / "out", "hf", "stills")  # a ViT sees one picture at a time
+
+
+def test_a_renamed_task_is_in_no_order_of_the_old_names():
+    weights = weights_of({"tags": ("a", "b")})
+    weights.config.task_order = ("tags",)
+    renamed = rename_task(weights, "marks").config
+    assert set(renamed.tasks) == {"marks"} and validate.check(renamed, trains=False) == []
 
 
 def test_what_cannot_be_written(tmp_path):

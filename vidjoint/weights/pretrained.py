@@ -136,6 +136,7 @@ def rename_task(weights: Pretrained, name: str) -> Pretrained:
         return weights
     (old, names), *_ = weights.labels.items()
     config = weights.config.copy_and_resolve_references()
+    config.task_order = ()
     config.tasks[name] = config.tasks[old]
     del config.tasks[old]
 
