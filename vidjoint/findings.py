@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vidjoint import compare, predictions, validate
 from vidjoint import config as config_module
 from vidjoint.errors import UserError, command
-from vidjoint.evaluate import check_writable, write_json
+from vidjoint.output_files import check_writable, write_json
 from vidjoint.run_folder import RunFolder
 from vidjoint.stopping import Stopped
 from vidjoint.weights.pretrained import adopt

@@ -1,19 +1,16 @@
 """Files on disk: which are images and videos, and what a folder holds. One listing per folder, never a look at each file."""
 
-import logging
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-from vidjoint.errors import UserError, printable
+from vidjoint.errors import UserError
 
 EXTENSIONS = {
     "video": frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .flv .3gp .wmv .ogv .vob .gif".split()),
     "image": frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff .ppm .pgm .gif .avif .jp2".split()),
 }
 SHOWN = 5  # faults of one kind that are named; the others are counted
-
-log = logging.getLogger(__name__)
 
 
 def some(items: Iterable) -> str:
@@ -100,33 +97,28 @@ def same_name(path: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in ("__MACOSX", "lost+found")
 
 
 def walk(root: str, depth: int = 100) -> Iterator[str]:
     """Paths below root, relative to it, sorted within each folder, hidden ones left out; a folder comes before what it holds and ends in "/".
 
-    Left out are links to a folder above, which would be gone through again and again, and folders in root that can't be listed, with a warning.
+    Left out are links to a folder above, which would be gone through again and again.
 
     Raises:
-      UserError: root itself can't be listed.
+      UserError: a folder can't be listed.
     """
+    yield from _below(root, depth, ())
+
+
+def _below(folder: str, depth: int, linked: tuple[str, ...]) -> Iterator[str]:
+    """`walk` of a folder; `linked`: the real paths, each with a final "/", of the folders whose links led here."""
     try:
-        entries = _entries(root)
+        with os.scandir(folder) as entries:
+            listed = sorted((entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries if not is_hidden(entry.name))
     except OSError as error:
-        raise UserError(f"{root} can't be listed: {error.strerror}") from None
-    yield from _below(root, entries, depth, ())
-
-
-def _entries(folder: str) -> list[tuple[str, bool, bool]]:
-    """(name, whether it is a folder, whether it is a link) of what is in a folder."""
-    with os.scandir(folder) as entries:
-        return sorted((entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries if not is_hidden(entry.name))
-
-
-def _below(folder: str, entries: list[tuple[str, bool, bool]], depth: int, linked: tuple[str, ...]) -> Iterator[str]:
-    """`walk` of a folder with these entries; `linked`: the real paths, each with a final "/", of the folders whose links led here."""
-    for name, is_folder, is_link in entries:
+        raise UserError(f"{folder} can't be listed: {error.strerror}") from None
+    for name, is_folder, is_link in listed:
         path = os.path.join(folder, name)
         if not is_folder:
             yield name
@@ -134,10 +126,5 @@ def _below(folder: str, entries: list[tuple[str, bool, bool]], depth: int, linke
             passed = (*linked, os.path.join(os.path.realpath(folder), "")) if is_link else linked
             if is_link and any(above.startswith(os.path.join(os.path.realpath(path), "")) for above in passed):
                 continue
-            try:
-                inside = _entries(path)
-            except OSError as error:
-                log.warning("%s", printable(f"{path} can't be listed ({error.strerror}) and is left out"))
-                continue
             yield f"{name}/"
-            yield from (f"{name}/{below}" for below in _below(path, inside, depth - 1, passed))
+            yield from (f"{name}/{below}" for below in _below(path, depth - 1, passed))
