@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # From top to bottom. A module may import modules of lower layers, and inside a package (a name that ends in a dot) those of its own.
 LAYERS = (
     ("vidjoint", "vidjoint.models"),  # what these offer, they import when it is called: `vidjoint.load`, `vidjoint.models.build`
-    ("vidjoint.findings",),
+    ("vidjoint.findings", "vidjoint.__main__"),
     (
         "vidjoint.main",
         "vidjoint.compare",

@@ -168,6 +168,8 @@ def test_labels_are_checked_against_the_classes(videos, tmp_path, capsys):
     assert run(tmp_path / "l.csv", f"--root={videos}", "--classes=3", f"--json={tmp_path / 'r.json'}") == 1
     (fault,) = report_of(tmp_path / "r.json")["label_faults"]
     assert fault == f"train: {tmp_path}/l.csv: labels run from 1 to 3; they must run from 0 to 2: subtract 1 from each"
+    assert run(videos, "--labels=none.txt", f"--json={tmp_path / 'r.json'}") == 1  # a folder, whose labels are its folders
+    assert "none.txt" in report_of(tmp_path / "r.json")["label_faults"][0]
     (tmp_path / "labels.txt").write_text("turn left\nturn right\n")
     (tmp_path / "l.csv").write_text("a.mp4,turn left\nb c.mp4,turn back\n")
     assert run(tmp_path / "l.csv", f"--root={videos}", f"--labels={tmp_path / 'labels.txt'}", f"--json={tmp_path / 'r.json'}") == 1

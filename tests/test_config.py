@@ -121,6 +121,9 @@ def test_a_missing_file_is_named(tmp_path):
     assert problems() == ["--config is missing: name an experiment, as in --config=configs/demo.py"]
     assert problems("--config=") == problems("--config")
     assert problems(f"--config={tmp_path}/none.py:small") == [f"--config={tmp_path}/none.py: there is no such file"]
+    (tmp_path / "here.py").write_text("")
+    assert problems(f"--config={tmp_path}/here") == [f"--config={tmp_path}/here: there is no such file; there is {tmp_path}/here.py"]
+    assert problems(f"--config={tmp_path}") == [f"--config={tmp_path}: there is no such file (it is a folder)"]
     (tmp_path / "notes.txt").write_text("")
     assert problems(f"--config={tmp_path}/notes.txt") == [
         f"--config={tmp_path}/notes.txt: an experiment is a Python file (NAME.py) with a function get_config"
@@ -137,7 +140,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("flip=False", "flip='no'", " line 9: flip cannot be 'no': that is of another type"),
         ("return config", "return confg", " line 10: NameError: name 'confg' is not defined"),
         ("return config", "return 3", ": get_config() returns no config: start from vidjoint.config.base_config() and return it"),
-        ("def get_config", "def config", " has no function get_config"),
+        ("def get_config", "def config", " has no function get_config: it is not run by itself, name an experiment (configs/demo.py)"),
         ("base_config()", "base_config(", " line 6: SyntaxError: '(' was never closed"),
         ("vidjoint.config", "vidjoint.konfig", " line 3: ModuleNotFoundError: No module named 'vidjoint.konfig'"),
         ("return config", "config.optim.unlock(); config.optim.lrr = 1; return config", ": unknown key optim.lrr; the nearest is optim.lr"),

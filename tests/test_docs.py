@@ -53,6 +53,16 @@ def commands(page: Path) -> list[list[str]]:
 COMMANDS = [pytest.param(words, id=f"{page.name}: {shlex.join(words)[:90]}") for page in PAGES for words in commands(page)]
 
 
+def test_the_package_lists_its_commands(capsys):
+    """python -m vidjoint; all of them are in the README's table."""
+    listed = importlib.import_module("vidjoint.__main__")
+    assert listed.main([]) == 0
+    assert {line.split(maxsplit=1)[0] for line in capsys.readouterr().out.splitlines()[2:]} == set(listed.commands())
+    readme = (ROOT / "README.md").read_text()
+    assert {"main", "predict", "weights", "findings"} < set(listed.commands())
+    assert [name for name in listed.commands() if not re.search(rf"`{name}[ `]|vidjoint\.{name} ", readme)] == []
+
+
 @functools.cache
 def help_of(module: str, verb: str) -> str:
     """What a command says of itself with --help."""

@@ -62,6 +62,7 @@ def test_settings_of_settings_and_mistakes():
         (dict(frames="eight"), "frames"),
         (dict(token_shift={"token": "all"}), "token"),
         (dict(mlp_dim=-1), "mlp_dim"),
+        (dict(heads=12), "write task: number of classes"),
     ):
         with pytest.raises(UserError, match=fault):
             models.build("B/16", **settings)

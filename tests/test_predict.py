@@ -266,6 +266,7 @@ def test_mistakes_are_one_line_each(run, command, tmp_path):
         (clip, "--stride=1"): "--stride needs --window",
         (clip, "--timeline=x.csv"): "--timeline needs --window",
         (clip, run / "data/clips/01.mp4", "--window=1", "--timeline=x.png"): "one picture and there are 2 files",
+        (clip, "--window=1", "--timeline=x.jpg"): "--timeline=x.jpg: name a .csv or .png file, or a folder",
         (clip, "--threads=-1"): "--threads=-1",
         (f"{tmp_path}/*.avi",): "there are no images or videos in",
         (clip, "--step=7"): "no checkpoint of step 7; there are 10, 20",

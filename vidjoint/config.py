@@ -341,7 +341,8 @@ def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
 def _load_file(file: Path, arguments: list[str]) -> ConfigDict:
     """Runs `get_config(*arguments)` of an experiment's file; the config is checked against the schema and locked."""
     if not file.is_file():
-        raise UserError(f"--config={file}: there is no such file")
+        hint = " (it is a folder)" if file.is_dir() else f"; there is {file}.py" if Path(f"{file}.py").is_file() else ""
+        raise UserError(f"--config={file}: there is no such file{hint}")
     spec = importlib.util.spec_from_file_location("<experiment>", file)
     if spec is None:
         raise UserError(f"--config={file}: an experiment is a Python file (NAME.py) with a function get_config")
@@ -350,7 +351,7 @@ def _load_file(file: Path, arguments: list[str]) -> ConfigDict:
         with _neighbours(Path(os.path.abspath(file)).parent), _registered(module):
             spec.loader.exec_module(module)
             if not hasattr(module, "get_config"):
-                raise UserError(f"{file} has no function get_config")
+                raise UserError(f"{file} has no function get_config: it is not run by itself, name an experiment (configs/demo.py)")
             if arguments and not inspect.signature(module.get_config).parameters:
                 raise UserError(f"{file} takes no argument: write --config={file}")
             config = module.get_config(*arguments)
@@ -418,7 +419,8 @@ def override(config: ConfigDict, change: str) -> list[str]:
     known = flat(config.to_dict())
     key = re.sub(r"^--?(no)?config\.", "", change.partition("=")[0])
     if group := sorted(name for name in known if name.startswith(f"{key}.")):
-        return [f"{change}: {key} holds several keys: set one of {', '.join(group)}"]
+        most = 8
+        return [f"{change}: {key} holds several keys: set one of {', '.join(group[:most])}{', ...' * (len(group) > most)}"]
     if key not in known:
         return [f"{change}: there is no key {key}{_nearest(key, known)}"]
     argv, values = ["", change], flags.FlagValues()

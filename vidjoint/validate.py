@@ -69,7 +69,7 @@ TASK_NOT_NEGATIVE = ("classes", "loss_weight", "steps", "batch_size", "frames", 
 LARGEST = 2**63  # what JAX takes for a seed
 MOST_PARAMETERS, MOST_DEPTH = 10**12, 1000  # of a model
 MOST_CPU_DEVICES = 1024  # JAX takes memory for each
-MOST_PIXELS, MOST_BATCH = 2**33, 2**42  # bytes of a clip with all its views, of a batch of one task
+MOST_PIXELS, MOST_BATCH, MOST_VIEWS = 2**33, 2**42, 2**36  # bytes of a clip with all its views, of a batch of one task, of one with all views
 VARIANT = re.compile(r"(\w+)/([1-9]\d*)")
 TEXTS = ("log_to", "task_order", "optim.freeze", "init_allow", "init_parts")  # tuples of texts; all others are of numbers
 PAIRS = ("image_size", "short_side", "area", "aspect")
@@ -172,6 +172,9 @@ def _check_sizes(config: ConfigDict) -> list[str]:
             problems.append(f"tasks.{name}: a clip has {size}: lower frames, image_size or eval.views")
         elif math.prod(shape) * max(config.batch_size, config.eval.batch_size, config.tasks[name].batch_size) > MOST_BATCH:
             problems.append(f"tasks.{name}: a batch would have more than {MOST_BATCH >> 30} GiB of pixels: lower batch_size")
+        elif math.prod(shape) * views_of * (config.eval.batch_size or config.batch_size) > MOST_VIEWS:
+            told = f"{config.eval.batch_size or config.batch_size} examples with {views_of} views each have more than {MOST_VIEWS >> 30} GiB of pixels"
+            problems.append(f"tasks.{name}: {told}: lower eval.views or eval.batch_size")
     for key, most in (("total_steps", 10**9), ("data.threads", 10**4), ("data.workers", 10**4), ("data.prefetch", 10**4)):
         if _get(config, key) > most:
             problems.append(f"{key}={_get(config, key)} is more than {most}: lower it")

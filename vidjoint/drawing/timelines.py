@@ -18,6 +18,8 @@ class Timelines:
         """`out` is a .csv of all videos, a .png of one, or a folder that gets both for each. Raises UserError if it can't be written."""
         self.out, self.topk, self.kind = Path(out), topk, Path(out).suffix.lower()
         self.made, self._csv = 0, None
+        if self.kind in (".jpg", ".jpeg", ".gif", ".pdf", ".svg", ".mp4", ".json"):
+            raise UserError(f"--timeline={out}: name a .csv or .png file, or a folder")
         if self.kind == ".png" and len(files) != 1:
             raise UserError(f"--timeline={out} is one picture and there are {len(files)} files: name a folder, which gets one for each")
         folder = self.out if self.kind not in (".csv", ".png") else self.out.parent

@@ -23,6 +23,8 @@ def build(name: str = "B/16", heads: dict[str, int] | None = None, **settings) -
     from vidjoint.config import base_config
     from vidjoint.errors import UserError
 
+    if not isinstance(heads or {}, dict):
+        raise UserError(f"heads={heads!r}: write task: number of classes, as in heads={{'actions': 400}}; attention_heads is another thing")
     config, unknown = base_config(), []
     model = config.model
     model.update(dtype="float32", temporal_init="zero")
