@@ -173,8 +173,8 @@ def _check_sizes(config: ConfigDict) -> list[str]:
         elif math.prod(shape) * max(config.batch_size, config.eval.batch_size, config.tasks[name].batch_size) > MOST_BATCH:
             problems.append(f"tasks.{name}: a batch would have more than {MOST_BATCH >> 30} GiB of pixels: lower batch_size")
         elif math.prod(shape) * views_of * (config.eval.batch_size or config.batch_size) > MOST_VIEWS:
-            told = f"{config.eval.batch_size or config.batch_size} examples with {views_of} views each have more than {MOST_VIEWS >> 30} GiB of pixels"
-            problems.append(f"tasks.{name}: {told}: lower eval.views or eval.batch_size")
+            examples, most = config.eval.batch_size or config.batch_size, MOST_VIEWS >> 30
+            problems.append(f"tasks.{name}: {examples} examples with {views_of} views each have more than {most} GiB of pixels: lower eval.views")
     for key, most in (("total_steps", 10**9), ("data.threads", 10**4), ("data.workers", 10**4), ("data.prefetch", 10**4)):
         if _get(config, key) > most:
             problems.append(f"{key}={_get(config, key)} is more than {most}: lower it")
