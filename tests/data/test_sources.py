@@ -117,6 +117,18 @@ def test_links_to_a_folder_above_are_left_out(tmp_path, monkeypatch):
     assert faults(tmp_path, source="folder", train="d") == [f"{tmp_path}/d/b can't be listed: Permission denied"]
 
 
+def test_a_folder_without_classes_says_what_to_do(tmp_path, monkeypatch):
+    touch(tmp_path, "flat/1.mp4", "flat/2.mp4", "pictures/a/1.png")
+    told = f"{tmp_path}/flat has no class folders with videos: put the videos of each class into a folder of its own"
+    assert faults(tmp_path, source="folder", train="flat") == [told]
+    assert faults(tmp_path, "val", source="folder", train="flat", fold="1/5") == [told]
+    (line,) = faults(tmp_path, "val", source="folder", train="a", val="flat")
+    assert line == f"{told}, or set val to the list of their classes and root to this folder"
+    monkeypatch.chdir(tmp_path / "pictures")
+    (line,) = faults("", source="folder", train=".")
+    assert line == ". has no class folders with videos: it has images: set media=image; or is another folder meant? Then set data_root"
+
+
 def test_folder_validation_uses_the_training_classes(tmp_path):
     touch(tmp_path, "train/a/1.mp4", "train/b/1.mp4", "val/b/1.mp4")
     changes = {"source": "folder", "train": "train", "val": "val"}

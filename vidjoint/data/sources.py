@@ -258,8 +258,10 @@ def open_folder(task: ConfigDict, what: str, split: str, data_root: Path) -> Sou
         hint = f"put the {task.media}s of each class into a folder of its own"
         if find_classes(entries, other)[2]:
             hint = f"it has {other}s: set media={other}"
-        elif split == "val" and task.train and any(has_extension(entry, task.media) for entry in entries):
+        elif split == "val" and task.val and task.train and any(has_extension(entry, task.media) for entry in entries):
             hint += ", or set val to the list of their classes and root to this folder"
+        if path.resolve() == Path.cwd():
+            hint += "; or is another folder meant? Then set data_root"
         raise UserError(f"{path} has no class folders with {task.media}s: {hint}")
     if len(classes) > 1 and {plain_name(name) for name in classes} <= {"train", "training", "val", "valid", "validation", "test", "testing"}:
         raise UserError(f"{path} has a folder per split ({', '.join(classes)}), not per class: set train and val to one of them each")
