@@ -124,6 +124,13 @@ def test_info(files, name):
         assert info.fps == pytest.approx(300 / info.duration, rel=0.05)
 
 
+def test_made_up_stamps_do_not_shorten_a_video(files):
+    """The decoder holds two frames back before it gives the first one; the video is as long all the same."""
+    with Video(files["h264_b_frames.avi"][0]) as video:
+        assert video.info.duration == pytest.approx(10.0, abs=1e-6)
+        assert numbers(video.read(np.array([0.0, 9.99]), WHOLE)) == [0, 299]
+
+
 def test_times_outside_and_on_the_stamps(files):
     file, appear = files["variable.mp4"]
     with Video(file) as video:

@@ -224,7 +224,7 @@ class Video:
         first = self._first_pts * stream.time_base
         duration, frames, rate = 0.0, stream.frames, stream.average_rate or stream.guessed_rate or 0
         if stream.duration:
-            start = self._first_pts if stream.start_time is None else stream.start_time
+            start = self._first_pts if stream.start_time is None or self._made_up else stream.start_time
             duration = float((start + stream.duration) * stream.time_base - first)
         elif container.duration:  # from the first time stamp, but in Matroska from time 0
             start = 0 if self._stamp == "pts" else container.start_time or 0

@@ -28,9 +28,14 @@ def read(file: str, settings: dict) -> np.ndarray:
     return np.stack(clip)
 
 
+def _made_up(container, stream) -> bool:
+    """Whether the times that PyAV gives are of no use: AVI holds none, and with B-frames of these codecs they are in the order of decoding."""
+    return container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
+
+
 def _shown(container, stream):
-    """Yields (time in ticks, frame) in order of display. AVI holds no times: with B-frames of these codecs those that PyAV gives are of no use."""
-    made_up = container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
+    """Yields (time in ticks, frame) in order of display."""
+    made_up = _made_up(container, stream)
     step, last = max(1, round(1 / float(stream.time_base * (stream.guessed_rate or 25)))), None
     for frame in container.decode(stream):
         time = frame.dts if made_up else frame.pts
@@ -43,7 +48,8 @@ def _duration(av, file: str, container, stream, first: int) -> float:
     ticks, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 0)
     duration, frames = 0.0, stream.frames
     if stream.duration:
-        duration = ((first if stream.start_time is None else stream.start_time) + stream.duration - first) * ticks
+        start = first if stream.start_time is None or _made_up(container, stream) else stream.start_time
+        duration = (start + stream.duration - first) * ticks
     elif container.duration:  # from the first time stamp, but in Matroska from time 0
         start = 0 if container.format.name == "matroska,webm" else container.start_time or 0
         duration = (start + container.duration) / av.time_base - first * ticks
