@@ -297,6 +297,7 @@ def test_am_flow_takes_the_normalisation_of_its_backbone(word):
     stored.model.update(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), gelu="quick")
     adopted = adopt(config, stored).model
     assert adopted.mean == ((0.485, 0.456, 0.406) if word == "scratch" else (0.1, 0.2, 0.3)) and adopted.gelu == "quick"
+    assert adopted.layer_scale == (1e-5 if word == "scratch" else -1)  # from scratch, too, it is DINOv2's model
 
 
 def test_am_flow_trains_what_the_paper_trains():

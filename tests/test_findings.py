@@ -210,6 +210,7 @@ def test_sigterm_reaches_the_run_and_ends_the_command(ends, status, tmp_path, mo
         (["transfer", "--config.seed=2"], "set --seeds=N"),
         (["transfer", "--config.total_stepz=2"], "there is no key total_stepz"),
         (["motion_block", "--config.model.heads=5"], "model.heads=5 does not divide"),
+        (["motion_block", "--config.model.motion.block=2"], "m1, m4: the same as m2 with these settings: leave out"),
         (["transfer", "--json=/absent/file.json"], "--json=/absent/file.json can't be written"),
         (["transfer", "--workdir=README.md"], "--workdir=README.md is not a folder"),
     ],

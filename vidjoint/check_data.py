@@ -171,10 +171,10 @@ def check_labels(lists: dict[str, list[Rows]], labels_file: str | None, classes:
     labelled = {split: one_label_per_row(several)[0] if multilabel else [_with_label(rows) for rows in several] for split, several in lists.items()}
     texts = [text for rows in labelled["train"] for text in rows.labels]
     try:
+        known = read_labels(Path(labels_file).expanduser()) if labels_file else None
         if not texts:
-            read_labels(Path(labels_file).expanduser()) if labels_file else None
             return [], []
-        names, lookup = read_labels(Path(labels_file).expanduser()) if labels_file else labels_of(texts, classes)
+        names, lookup = known or labels_of(texts, classes)
     except UserError as error:
         return list(error.lines), []
     if is_numeric(texts) and not is_numeric(names):

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vidjoint.errors import UserError
 
+SHOWN = 8  # keys that a message names
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}  # types of values, in words
 
 
@@ -419,8 +420,7 @@ def override(config: ConfigDict, change: str) -> list[str]:
     known = flat(config.to_dict())
     key = re.sub(r"^--?(no)?config\.", "", change.partition("=")[0])
     if group := sorted(name for name in known if name.startswith(f"{key}.")):
-        most = 8
-        return [f"{change}: {key} holds several keys: set one of {', '.join(group[:most])}{', ...' * (len(group) > most)}"]
+        return [f"{change}: {key} holds several keys: set one of {', '.join(group[:SHOWN])}{', ...' * (len(group) > SHOWN)}"]
     if key not in known:
         return [f"{change}: there is no key {key}{_nearest(key, known)}"]
     argv, values = ["", change], flags.FlagValues()

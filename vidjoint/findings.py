@@ -166,6 +166,10 @@ def plan(name: str, seeds: int, workdir: Path, changes: list[str]) -> list[Run]:
             except UserError as error:
                 problems |= dict.fromkeys(error.lines)
             runs.append(Run(arm, seed, folder, [*argv, f"--workdir={folder.path}"], config))
+    configs = {run.arm: run.config for run in runs if run.seed == 0 and run.arm in finding.arms}
+    first = next(iter(configs))
+    if same := [arm for arm in configs if arm != first and not config_module.difference(configs[first], configs[arm])]:
+        problems[f"{', '.join(same)}: the same as {first} with these settings: leave out the --config.KEY that the arms differ in"] = None
     if problems:
         raise UserError(*problems)
     return runs
