@@ -1,5 +1,6 @@
 """Hostile settings for all tests: eight fake CPU devices, warnings as errors (pyproject.toml), and no network."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -14,11 +15,28 @@ from absl import flags
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
     jax.devices()  # from here on no command that a test calls in this process changes their number
+CACHE = jax.config.jax_compilation_cache_dir
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags, which only a command's entry point parses
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="tests/faults: break things as often as docs/reliability.md says, not just a few times")
+
+
+def forget_commands() -> None:
+    """Undoes what commands set for their whole process: where messages go (one test's standard error), warnings as messages, the compiler's cache."""
+    root = logging.getLogger()
+    root.handlers[:] = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
+    root.setLevel(logging.WARNING)
+    logging.captureWarnings(False)
+    jax.config.update("jax_compilation_cache_dir", CACHE)
+
+
+@pytest.fixture(autouse=True)
+def commands_end():
+    """A command that a test or one of its fixtures calls in this process changes nothing for the next test."""
+    yield
+    forget_commands()
 
 
 @pytest.fixture(scope="session")

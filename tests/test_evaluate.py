@@ -207,7 +207,6 @@ def test_predictions_keep_odd_names_and_multilabel_rows(tmp_path):
 def command(run, capsys, monkeypatch, tmp_path):
     """Runs the command; returns its exit status, standard output and error lines."""
     monkeypatch.setenv("VIDJOINT_CACHE", str(tmp_path / "cache"))
-    cache = jax.config.jax_compilation_cache_dir
 
     def call(*arguments, workdir=run):
         status = evaluate.main([f"--workdir={workdir}", *map(str, arguments)])
@@ -215,8 +214,7 @@ def command(run, capsys, monkeypatch, tmp_path):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "xla") or status == 2
         return status, captured.out, captured.err.splitlines()
 
-    yield call
-    jax.config.update("jax_compilation_cache_dir", cache)
+    return call
 
 
 def test_command_shows_classes_and_calibration(command, run, tmp_path):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import jax
@@ -58,17 +57,6 @@ def experiment(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def quiet():
-    """Runs a command in this process, and takes back what it sets up for all of Python."""
-    handlers, level, cache = logging.root.handlers[:], logging.root.level, jax.config.jax_compilation_cache_dir
-    with warnings.catch_warnings():
-        yield
-    logging.captureWarnings(False)
-    logging.root.handlers[:], logging.root.level = handlers, level
-    jax.config.update("jax_compilation_cache_dir", cache)
-
-
 def events(workdir: Path) -> list[dict]:
     """Of metrics.jsonl, what does not depend on the clock."""
     return [
@@ -115,7 +103,7 @@ def test_what_a_run_leaves_behind(run):
     assert 0 <= logged[0]["train/data_wait"] <= 1 and logged[0]["train/examples_per_s"] > 0
 
 
-def test_another_config_on_the_same_folder_is_refused_with_the_difference(run, experiment, capsys, quiet):
+def test_another_config_on_the_same_folder_is_refused_with_the_difference(run, experiment, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     command = [
         f"--config={experiment}/experiment.py",
@@ -235,7 +223,7 @@ def lines_of(capsys, *argv) -> list[str]:
     return errors(capsys)
 
 
-def test_everything_that_is_missing_is_listed_at_once(capsys, quiet, monkeypatch, tmp_path):
+def test_everything_that_is_missing_is_listed_at_once(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     lines = lines_of(capsys, "--config=configs/cover_jft.py", f"--workdir={tmp_path}/run", f"--config.data_root={tmp_path}")
     for name, path in {"k400": "kinetics400/train.csv", "ssv2": "something-v2/labels/validation.json", "mit": "moments/trainingSet.csv"}.items():
@@ -245,7 +233,7 @@ def test_everything_that_is_missing_is_listed_at_once(capsys, quiet, monkeypatch
     assert len(lines) == len(set(lines)) == 15 and not (tmp_path / "run").exists()
 
 
-def test_mistakes_of_all_kinds_are_listed_together(capsys, quiet, experiment, tmp_path):
+def test_mistakes_of_all_kinds_are_listed_together(capsys, experiment, tmp_path):
     lines = lines_of(
         capsys,
         f"--config={experiment}/experiment.py",
@@ -286,14 +274,14 @@ def test_mistakes_of_all_kinds_are_listed_together(capsys, quiet, experiment, tm
         ),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line(capsys, quiet, experiment, tmp_path, monkeypatch, argv, line):
+def test_a_mistake_on_the_command_line_is_one_line(capsys, experiment, tmp_path, monkeypatch, argv, line):
     monkeypatch.chdir(tmp_path)
     (told,) = lines_of(capsys, *(f"--config={experiment}/experiment.py" if word == "EXPERIMENT" else word for word in argv))
     assert told.startswith(line)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_named(capsys, quiet, experiment, tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(capsys, experiment, tmp_path):
     (tmp_path / "file").write_text("")
     (line,) = lines_of(capsys, f"--config={experiment}/experiment.py", f"--workdir={tmp_path}/file")
     assert line == f"error: {tmp_path}/file can't be written (Not a directory): give another --workdir"

@@ -1,9 +1,7 @@
 """An experiment starts straight from another project's file, by the command that users give, and needs that file only for its first step."""
 
 import json
-import logging
 import shutil
-import warnings
 
 import jax
 import numpy as np
@@ -43,18 +41,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, monkeypatch, quick_runs):
-    """The command, in this process; what it sets up for all of Python is taken back. Returns its exit status."""
-    handlers, level, cache = logging.root.handlers[:], logging.root.level, jax.config.jax_compilation_cache_dir
+    """The command, in this process. Returns its exit status."""
     monkeypatch.setenv("VIDJOINT_CACHE", str(folder / "cache"))
 
     def run(workdir, *changes):
-        with warnings.catch_warnings():
-            return main([f"--config={folder / 'experiment.py'}", f"--workdir={workdir}", *changes])
+        return main([f"--config={folder / 'experiment.py'}", f"--workdir={workdir}", *changes])
 
-    yield run
-    logging.captureWarnings(False)
-    logging.root.handlers[:], logging.root.level = handlers, level
-    jax.config.update("jax_compilation_cache_dir", cache)
+    return run
 
 
 def test_a_run_starts_from_a_foreign_file_and_goes_on_without_it(folder, run, capsys):
