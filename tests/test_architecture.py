@@ -24,24 +24,33 @@ LAYERS = (
         "vidjoint.weights.__main__",
     ),
     ("vidjoint.replay",),
-    ("vidjoint.speed", "vidjoint.decode_speed", "vidjoint.peer_speed"),
-    ("vidjoint.topology",),
-    ("vidjoint.cpu",),
+    ("vidjoint.speed.training", "vidjoint.speed.decoding", "vidjoint.speed.against_peer"),
+    ("vidjoint.speed.topology",),
+    ("vidjoint.machine.cpu",),
     ("vidjoint.train",),
-    ("vidjoint.evaluate", "vidjoint.predict", "vidjoint.summary", "vidjoint.report", "vidjoint.probes."),
-    ("vidjoint.classifier", "vidjoint.rollout", "vidjoint.flow_maps", "vidjoint.answers"),
-    ("vidjoint.drawing.", "vidjoint.attention_maps"),
+    ("vidjoint.evaluate", "vidjoint.predict", "vidjoint.running.summary", "vidjoint.report", "vidjoint.probes."),
+    ("vidjoint.classifier", "vidjoint.maps.rollout", "vidjoint.maps.flow", "vidjoint.answers"),
+    ("vidjoint.drawing.", "vidjoint.maps.attention"),
     ("vidjoint.weights.",),
     ("vidjoint.validate",),
-    ("vidjoint.results", "vidjoint.mistakes"),
-    ("vidjoint.anomalies",),
-    ("vidjoint.in_flight",),
+    ("vidjoint.reporting.results", "vidjoint.reporting.mistakes"),
+    ("vidjoint.running.anomalies",),
+    ("vidjoint.running.in_flight",),
     ("vidjoint.step", "vidjoint.run_folder", "vidjoint.check_data"),
     ("vidjoint.models.", "vidjoint.data.", "vidjoint.checkpoints", "vidjoint.optim", "vidjoint.mixup")
-    + ("vidjoint.plots", "vidjoint.predictions", "vidjoint.page"),
-    ("vidjoint.losses", "vidjoint.metrics", "vidjoint.sharding", "vidjoint.config", "vidjoint.processes", "vidjoint.checksums", "vidjoint.stopping"),
-    ("vidjoint.trackers", "vidjoint.output_files"),
-    ("vidjoint.errors", "vidjoint.exported.", "vidjoint.host_memory", "vidjoint.peer"),
+    + ("vidjoint.reporting.plots", "vidjoint.reporting.predictions", "vidjoint.reporting.page"),
+    (
+        "vidjoint.losses",
+        "vidjoint.metrics",
+        "vidjoint.sharding",
+        "vidjoint.config",
+        "vidjoint.machine.processes",
+        "vidjoint.checksums",
+        "vidjoint.running.stopping",
+    ),
+    ("vidjoint.running.trackers", "vidjoint.output_files"),
+    ("vidjoint.errors", "vidjoint.exported.", "vidjoint.machine.host_memory", "vidjoint.speed.peer"),
+    ("vidjoint.machine", "vidjoint.maps", "vidjoint.reporting", "vidjoint.running", "vidjoint.speed"),  # a line each, of what is in them
 )
 
 
@@ -123,5 +132,5 @@ def test_only_checkpoints_imports_orbax():
 def test_nothing_needs_tensorflow_or_torch():
     """But the peer that `benchmark` measures against, a program of its own that no module imports."""
     for name in MODULES:
-        assert "vidjoint.peer" not in imported(name), name
-        assert name == "vidjoint.peer" or not top_level(imported(name)) & {"tensorflow", "torch", "clu"}, name
+        assert "vidjoint.speed.peer" not in imported(name), name
+        assert name == "vidjoint.speed.peer" or not top_level(imported(name)) & {"tensorflow", "torch", "clu"}, name

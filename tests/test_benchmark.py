@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vidjoint import benchmark, decode_speed, speed
+from vidjoint import benchmark
 from vidjoint.benchmark import as_text, with_weights
 from vidjoint.config import base_config, parse, task_config
 from vidjoint.errors import UserError
 from vidjoint.models.build import build
 from vidjoint.models.macs import macs
-from vidjoint.speed import host_bytes, measure_model, training_macs
+from vidjoint.speed import decoding, training
+from vidjoint.speed.training import host_bytes, measure_model, training_macs
 
 A, B = jax.ShapeDtypeStruct((3, 5), np.float32), jax.ShapeDtypeStruct((5, 7), np.float32)
 SQUARE = jax.ShapeDtypeStruct((4, 4), np.float32)
@@ -122,8 +123,8 @@ def get_config():
 
 
 def test_command(experiment, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(speed, "ROUND", 0.01)
-    monkeypatch.setattr(speed, "SIDES", {"cpu": (128, 256)})
+    monkeypatch.setattr(training, "ROUND", 0.01)
+    monkeypatch.setattr(training, "SIDES", {"cpu": (128, 256)})
     file = tmp_path / "figures.json"
     arguments = ["--what=data,compile,step,model", "--steps=12", f"--json={file}"]
     assert benchmark.main([f"--config={experiment}", *arguments]) == 0
@@ -229,10 +230,10 @@ def test_decoding(videos, experiment, tmp_path, capsys, monkeypatch):
                 return Decord.seen
 
     monkeypatch.setitem(sys.modules, "decord", Decord)
-    monkeypatch.setattr(decode_speed, "FRAMES", (2, 5))
-    monkeypatch.setattr(decode_speed, "ROUNDS", 1)
-    wanted, read = [], decode_speed._read
-    monkeypatch.setattr(decode_speed, "_read", lambda clip, size: wanted.append(read(clip, size)))
+    monkeypatch.setattr(decoding, "FRAMES", (2, 5))
+    monkeypatch.setattr(decoding, "ROUNDS", 1)
+    wanted, read = [], decoding._read
+    monkeypatch.setattr(decoding, "_read", lambda clip, size: wanted.append(read(clip, size)))
     cores = len(os.sched_getaffinity(0))
     for gops in ("", "3,250"):
         assert benchmark.main([f"--config={videos}", "--what=decode", f"--gops={gops}", f"--json={tmp_path / 'x.json'}"]) == 0

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vidjoint import compare, predictions
+from vidjoint import compare
+from vidjoint.reporting import predictions
 
 CLASSES = ("up", "down", "left, right")
 

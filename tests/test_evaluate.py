@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vidjoint import evaluate, predictions
+from vidjoint import evaluate
 from vidjoint.data.examples import views
 from vidjoint.data.tasks import open_tasks
 from vidjoint.evaluate import Evaluator, TaskResult
 from vidjoint.metrics import calibration
+from vidjoint.reporting import predictions
 from vidjoint.sharding import make_mesh
 
 PARAMS = {

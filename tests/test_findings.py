@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vidjoint import findings, predictions, validate
+from vidjoint import findings, validate
 from vidjoint.config import difference, parse
 from vidjoint.errors import UserError
 from vidjoint.findings import FINDINGS, Finding
 from vidjoint.main import main
+from vidjoint.reporting import predictions
 
 ROOT = Path(__file__).parents[1]
 ARMS = [(name, arm) for name, finding in FINDINGS.items() for arm in (*finding.arms, *filter(None, [finding.stage]))]

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vidjoint import mistakes, report
+from vidjoint import report
 from vidjoint.data.tasks import open_tasks
 from vidjoint.metrics import MetricsWriter
-from vidjoint.page import escaped, ticks
-from vidjoint.results import TaskResult, as_events, as_json, write_reports
+from vidjoint.reporting import mistakes
+from vidjoint.reporting.page import escaped, ticks
+from vidjoint.reporting.results import TaskResult, as_events, as_json, write_reports
 from vidjoint.run_folder import RunFolder
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;‮\x07"

@@ -23,7 +23,7 @@ from vidjoint.data.mixture import Mixture
 from vidjoint.errors import UserError
 from vidjoint.main import main
 from vidjoint.run_folder import RunFolder
-from vidjoint.stopping import StopSignal, Waiting
+from vidjoint.running.stopping import StopSignal, Waiting
 from vidjoint.train import Log, Stopped, initial_state, prepare, train
 from vidjoint.weights.pretrained import flat, open_weights, write_folder
 

@@ -11,7 +11,7 @@ from tests.tiny import write_clip
 from vidjoint import visualize
 from vidjoint.checkpoints import Checkpoints
 from vidjoint.config import base_config, task_config
-from vidjoint.flow_maps import am_flow
+from vidjoint.maps.flow import am_flow
 from vidjoint.models.build import build
 from vidjoint.run_folder import RunFolder
 

@@ -8,7 +8,7 @@ import argparse
 import importlib.metadata
 import sys
 
-from vidjoint import host_memory
+from vidjoint.machine import host_memory
 
 if __name__ == "__main__":
     host_memory.keep()  # as vidjoint.main does
@@ -18,12 +18,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from vidjoint import config as config_module
-from vidjoint import cpu, speed, topology, validate
-from vidjoint.decode_speed import measure_decode
+from vidjoint import validate
 from vidjoint.errors import UserError, command
+from vidjoint.machine import cpu
 from vidjoint.output_files import check_writable, write_json
-from vidjoint.peer_speed import measure_peer
 from vidjoint.sharding import memory_errors
+from vidjoint.speed import topology, training
+from vidjoint.speed.against_peer import measure_peer
+from vidjoint.speed.decoding import measure_decode
 from vidjoint.train import MEMORY_ADVICE, prepare
 from vidjoint.weights.pretrained import adopt, open_weights
 
@@ -123,17 +125,17 @@ def main(argv: list[str]) -> int:
     print("\n".join([", ".join([figures["device"], f"jax {jax.__version__}", config.model.dtype]), *notes]), flush=True)
     compiled = None
 
-    def steps() -> speed.Steps:
+    def steps() -> training.Steps:
         nonlocal compiled
-        compiled = compiled or speed.Steps(setup)
+        compiled = compiled or training.Steps(setup)
         return compiled
 
     measures = {
-        "model": lambda: speed.measure_model(config),
-        "memory": lambda: speed.measure_memory(config),
+        "model": lambda: training.measure_model(config),
+        "memory": lambda: training.measure_memory(config),
         "compile": lambda: steps().measure_compile(),
         "step": lambda: steps().measure_step(),
-        "data": lambda: speed.measure_data(setup, steps(), args.steps),
+        "data": lambda: training.measure_data(setup, steps(), args.steps),
         "decode": lambda: measure_decode(config, tuple(map(int, gops))),
         "peer": lambda: measure_peer(config),
     }

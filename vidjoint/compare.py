@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vidjoint import predictions
 from vidjoint.errors import UserError, command, printable
 from vidjoint.output_files import check_writable, write_json
-from vidjoint.predictions import Predictions
-from vidjoint.results import percent
+from vidjoint.reporting import predictions
+from vidjoint.reporting.predictions import Predictions
+from vidjoint.reporting.results import percent
 
 RESAMPLES = 10_000
 SEED = 0  # of the resamples: the same files give the same interval

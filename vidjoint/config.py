@@ -38,7 +38,7 @@ def base_config() -> ConfigDict:
     c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
     c.keep_checkpoints = 2  # how many of the newest checkpoints stay; the best one stays besides
     c.log_every = 50  # steps between log events; each is a mean over the steps since the last one
-    c.log_to = ("tensorboard",)  # where events go besides metrics.jsonl: tensorboard, wandb (Weights & Biases), mlflow; see vidjoint/trackers.py
+    c.log_to = ("tensorboard",)  # where events go besides metrics.jsonl: tensorboard, wandb (Weights & Biases), mlflow; vidjoint/running/trackers.py
     c.max_skipped = 10  # steps in a row with a loss or gradient that is not finite, which change nothing, before the run stops; 0: it goes on
     # folder of an earlier run or of imported weights, or a file of another project's weights (docs/weights.md), whose parameters this run starts
     # from

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from vidjoint import host_memory
+from vidjoint.machine import host_memory
 
 if __name__ == "__main__":
     host_memory.keep()  # as vidjoint.main does
@@ -24,15 +24,16 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from vidjoint import metrics, processes, sharding, validate
+from vidjoint import metrics, sharding, validate
 from vidjoint.classifier import Classifier, parse_step
 from vidjoint.data.mixture import evaluation_batches
 from vidjoint.data.packed import is_packed, is_url
 from vidjoint.data.tasks import Task, open_tasks
 from vidjoint.errors import UserError, command
+from vidjoint.machine import processes
 from vidjoint.models.build import Model
 from vidjoint.output_files import check_writable, write_json
-from vidjoint.results import TaskResult, as_events, as_json, details_table, mean_score, table, write_predictions, write_reports
+from vidjoint.reporting.results import TaskResult, as_events, as_json, details_table, mean_score, table, write_predictions, write_reports
 from vidjoint.step import make_eval_step, multilabel_tasks
 
 log = logging.getLogger(__name__)

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vidjoint import compare, predictions, validate
+from vidjoint import compare, validate
 from vidjoint import config as config_module
 from vidjoint.errors import UserError, command
 from vidjoint.output_files import check_writable, write_json
+from vidjoint.reporting import predictions
 from vidjoint.run_folder import RunFolder
-from vidjoint.stopping import Stopped
+from vidjoint.running.stopping import Stopped
 from vidjoint.weights.pretrained import adopt
 
 EXPERIMENTS = "configs/findings.py"

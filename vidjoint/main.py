@@ -8,7 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
-from vidjoint import host_memory
+from vidjoint.machine import host_memory
 
 if __name__ == "__main__":
     host_memory.keep()  # it starts this command again, so before the imports that take seconds
@@ -16,9 +16,10 @@ if __name__ == "__main__":
 import jax
 
 from vidjoint import config as config_module
-from vidjoint import cpu, processes, sharding, validate
+from vidjoint import sharding, validate
 from vidjoint.errors import UserError, command
 from vidjoint.evaluate import table
+from vidjoint.machine import cpu, processes
 from vidjoint.train import Stopped, train
 
 STOPPED = Stopped.exit_status

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vidjoint import trackers
 from vidjoint.output_files import write_whole
+from vidjoint.running import trackers
 
 BINS = 15  # of confidence, in the calibration error
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from vidjoint import host_memory
+from vidjoint.machine import host_memory
 
 if __name__ == "__main__":
     host_memory.keep()  # as vidjoint.main does

@@ -21,7 +21,7 @@ from vidjoint.output_files import check_writable, write_json
 from vidjoint.probes import attentive, knn
 from vidjoint.probes.features import Backbone, check_file
 from vidjoint.probes.study import Study
-from vidjoint.results import percent
+from vidjoint.reporting.results import percent
 
 KINDS = ("linear", "knn", "attentive")
 OWN = ("train", "val", "fold", "root", "labels", "source", "media", "multilabel")  # keys of a task that have a flag here

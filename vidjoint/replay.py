@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 import vidjoint
 from vidjoint import sharding
-from vidjoint.anomalies import FOLDER, read_batches
 from vidjoint.checkpoints import load_params
 from vidjoint.errors import UserError, command
 from vidjoint.models.build import build
 from vidjoint.optim import join
 from vidjoint.output_files import check_writable, write_json
 from vidjoint.run_folder import RunFolder
+from vidjoint.running.anomalies import FOLDER, read_batches
 from vidjoint.step import TrainState
 from vidjoint.train import sharded_step
 

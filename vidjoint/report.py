@@ -17,14 +17,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vidjoint import config as config_module
-from vidjoint import metrics, plots, predictions
+from vidjoint import metrics
 from vidjoint.config import base_config, flat, task_config
 from vidjoint.data.tasks import Task, open_tasks
 from vidjoint.errors import UserError, command
-from vidjoint.mistakes import PER_PAIR, Pictures, confused, hardest, wanted
 from vidjoint.output_files import write_whole
-from vidjoint.page import Html, count, curve_styles, line_chart, page, percent, picture, reliability_chart, table, tag
-from vidjoint.predictions import Predictions
+from vidjoint.reporting import plots, predictions
+from vidjoint.reporting.mistakes import PER_PAIR, Pictures, confused, hardest, wanted
+from vidjoint.reporting.page import Html, count, curve_styles, line_chart, page, percent, picture, reliability_chart, table, tag
+from vidjoint.reporting.predictions import Predictions
 from vidjoint.run_folder import RunFolder
 
 log = logging.getLogger(__name__)

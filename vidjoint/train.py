@@ -19,18 +19,20 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from vidjoint import config as config_module
-from vidjoint import evaluate, metrics, optim, plots, report, sharding, step, summary, validate
-from vidjoint.anomalies import BadSteps, Spikes
+from vidjoint import evaluate, metrics, optim, report, sharding, step, validate
 from vidjoint.checkpoints import Checkpoints
 from vidjoint.data.mixture import Mixture
 from vidjoint.data.schedules import steps_per_epoch
 from vidjoint.data.tasks import Task, open_tasks, union_size
 from vidjoint.errors import UserError
-from vidjoint.in_flight import InFlight, Step
 from vidjoint.models.build import Model, build
 from vidjoint.output_files import write_whole
+from vidjoint.reporting import plots
 from vidjoint.run_folder import RunFolder
-from vidjoint.stopping import Stopped, StopSignal, Waiting
+from vidjoint.running import summary
+from vidjoint.running.anomalies import BadSteps, Spikes
+from vidjoint.running.in_flight import InFlight, Step
+from vidjoint.running.stopping import Stopped, StopSignal, Waiting
 from vidjoint.weights.init_from import Plan, plan
 from vidjoint.weights.pretrained import adopt, open_weights
 

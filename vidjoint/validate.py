@@ -6,7 +6,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from vidjoint import losses, optim, trackers
+from vidjoint import losses, optim
 from vidjoint.data import clips, sources
 from vidjoint.data.decode import INTERPOLATIONS
 from vidjoint.data.schedules import SCHEDULES
@@ -18,6 +18,7 @@ from vidjoint.models.mixers import MIXERS
 from vidjoint.models.pooling import NEED_CLASS_TOKEN, POOLS
 from vidjoint.models.position import RESIZERS
 from vidjoint.models.vit import REMAT
+from vidjoint.running import trackers
 
 CHOICES = {
     "schedule": SCHEDULES,

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from vidjoint import sharding
-from vidjoint.attention_maps import Maps, Stage, looks, maps_of, neighbours
 from vidjoint.classifier import Answer, Classifier, parse_step
 from vidjoint.data.clips import view_times
 from vidjoint.data.decode import DecodeError
@@ -27,8 +26,9 @@ from vidjoint.data.transforms import Geometry, view_geometry
 from vidjoint.data.video import Video
 from vidjoint.drawing.maps import Layer, grid_png, moving, scaled, sheet_png, write_moving
 from vidjoint.errors import Paragraphs, UserError, command
-from vidjoint.flow_maps import am_flow, flow_of_heads
-from vidjoint.rollout import rollout
+from vidjoint.maps.attention import Maps, Stage, looks, maps_of, neighbours
+from vidjoint.maps.flow import am_flow, flow_of_heads
+from vidjoint.maps.rollout import rollout
 
 SHARPER = 288  # pixels of the frames drawn, at most, where the file has them
 MOST_BLOCKS = 12  # that are drawn unless they are named

@@ -13,7 +13,7 @@ from vidjoint.data.mixture import Mixture
 from vidjoint.data.schedules import SCHEDULES, steps_per_epoch
 from vidjoint.data.tasks import open_tasks
 from vidjoint.errors import UserError
-from vidjoint.summary import batches
+from vidjoint.running.summary import batches
 
 NAMES = sorted(SIZES)  # moves 13, stills 20, turns 8
 

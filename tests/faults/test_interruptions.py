@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from tests.faults import runs
-from vidjoint import processes
 from vidjoint.checkpoints import load_params
+from vidjoint.machine import processes
 from vidjoint.metrics import read_events
 
 pytestmark = pytest.mark.timeout(3600)
@@ -103,7 +103,7 @@ def test_a_run_that_is_interrupted_again_and_again_ends_bit_equal(forking, folde
 def test_a_run_of_two_processes_too(forking, folder, full):
     """Whichever of the two is hit, both end, and both go on."""
     if not full:
-        pytest.skip("with --full: 32 starts of a run; tests/test_processes.py has three")
+        pytest.skip("with --full: 32 starts of a run; tests/machine/test_processes.py has three")
     count = 30
     steps = 40 * count
     machines = dict(processes=2, devices=1)

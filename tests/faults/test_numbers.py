@@ -14,12 +14,12 @@ import pytest
 from tests import tiny
 from tests.faults import runs
 from vidjoint import replay
-from vidjoint.anomalies import BadSteps, Spikes
 from vidjoint.checkpoints import load_params
 from vidjoint.data.mixture import Mixture
 from vidjoint.errors import UserError
-from vidjoint.in_flight import MOST_ON_CPU, DeviceClock, InFlight, Step
 from vidjoint.metrics import read_events
+from vidjoint.running.anomalies import BadSteps, Spikes
+from vidjoint.running.in_flight import MOST_ON_CPU, DeviceClock, InFlight, Step
 from vidjoint.train import train
 
 

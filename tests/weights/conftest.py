@@ -10,4 +10,4 @@ from vidjoint.sharding import make_mesh
 def quick_runs(monkeypatch):
     """One device in place of eight, which is less to compile, and no curves drawn: both are tested elsewhere."""
     monkeypatch.setattr("vidjoint.train.open_devices", lambda config: make_mesh(config.mesh, jax.devices()[:1]))
-    monkeypatch.setattr("vidjoint.plots.learning_curves_png", lambda *_: None)
+    monkeypatch.setattr("vidjoint.reporting.plots.learning_curves_png", lambda *_: None)

@@ -15,7 +15,7 @@ from vidjoint.errors import UserError
 from vidjoint.probes import attentive, knn
 from vidjoint.probes.attentive import Batches
 from vidjoint.probes.features import Backbone, Features, hold_out, labels_of, load, pick, save
-from vidjoint.results import TaskResult
+from vidjoint.reporting.results import TaskResult
 
 SPLITS = ("train", "val")
 

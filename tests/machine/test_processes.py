@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vidjoint import processes
 from vidjoint.checkpoints import load_params
 from vidjoint.errors import UserError
+from vidjoint.machine import processes
 from vidjoint.metrics import read_events
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIMIT = 150  # seconds for everything that processes do
 
 pytestmark = pytest.mark.timeout(2 * LIMIT)
@@ -235,11 +235,11 @@ def slurm_jobs(experiment: Path, workdir: Path, **more) -> list[dict]:
     ]
 
 
-PRIVATE = ["jax._src.clusters", "jax._src.distributed"]  # what vidjoint.processes asks of JAX by names that it may change
+PRIVATE = ["jax._src.clusters", "jax._src.distributed"]  # what vidjoint.machine.processes asks of JAX by names that it may change
 
 
 def test_slurm_is_enough_and_so_is_what_jax_does_by_itself(experiment, forked, tmp_path):
-    """A run without --coordinator; and one more with a JAX in which the private names that vidjoint.processes likes to use are gone."""
+    """A run without --coordinator; and one more with a JAX in which the private names that vidjoint.machine.processes likes to use are gone."""
     slurm, bare = tmp_path / "slurm", tmp_path / "bare"
     with started(forked, slurm_jobs(experiment, slurm) + slurm_jobs(experiment, bare, hidden=PRIVATE)) as (_, statuses):
         assert statuses() == [0] * 4, errors(slurm, 0) + errors(bare, 0)

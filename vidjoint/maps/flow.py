@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from vidjoint.attention_maps import listen
+from vidjoint.maps.attention import listen
 from vidjoint.models.build import Model
 from vidjoint.models.mixers.am_flow import KEYS, vanilla_flow
 

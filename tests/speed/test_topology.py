@@ -10,12 +10,13 @@ import pytest
 
 from configs import cover_jft
 from tests import tiny
-from vidjoint import benchmark, optim, sharding, topology
+from vidjoint import benchmark, optim, sharding
 from vidjoint.config import base_config, task_config
 from vidjoint.data.mixture import Mixture
 from vidjoint.data.tasks import open_tasks
 from vidjoint.errors import UserError
 from vidjoint.models.build import build
+from vidjoint.speed import topology
 from vidjoint.train import sharded_step
 
 HLO = """

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidjoint.attention_maps import looks, maps_of, neighbours
 from vidjoint.config import base_config
-from vidjoint.flow_maps import flow_of_heads
+from vidjoint.maps.attention import looks, maps_of, neighbours
+from vidjoint.maps.flow import flow_of_heads
+from vidjoint.maps.rollout import rollout
 from vidjoint.models.build import build
-from vidjoint.rollout import rollout
 
 FRAMES, GRID = 3, (2, 3)
 MODELS = {

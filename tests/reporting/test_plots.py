@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vidjoint.plots import confusion_png, learning_curves_png
+from vidjoint.reporting.plots import confusion_png, learning_curves_png
 
 
 def pixels(path):

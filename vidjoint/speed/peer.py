@@ -1,4 +1,4 @@
-"""Hugging Face's TimeSformer in PyTorch, for `vidjoint.peer_speed`, which starts this as a program of its own.
+"""Hugging Face's TimeSformer in PyTorch, for `vidjoint.speed.against_peer`, which starts this as a program of its own.
 
 It answers each line of standard input, "train" or "forward", with the seconds that one such step takes.
 """

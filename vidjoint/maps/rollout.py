@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from vidjoint.attention_maps import RESIDUAL, Maps, Stage
+from vidjoint.maps.attention import RESIDUAL, Maps, Stage
 from vidjoint.models.mixers.motion import from_blocks, to_blocks
 
 

@@ -13,8 +13,8 @@ from jax.experimental import multihost_utils
 from vidjoint.checkpoints import Checkpoints
 from vidjoint.data.mixture import Mixture
 from vidjoint.errors import UserError
-from vidjoint.in_flight import Step
 from vidjoint.output_files import write_whole
+from vidjoint.running.in_flight import Step
 
 FOLDER = "bad_step"  # in the run's folder; `vidjoint.replay` reads it
 

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from vidjoint import sharding
 from vidjoint.data.tasks import clip_spec
-from vidjoint.in_flight import InFlight, Step
 from vidjoint.models.build import Model, build, count_parameters
 from vidjoint.models.macs import macs
 from vidjoint.optim import join, split_frozen
-from vidjoint.topology import batch_shapes
+from vidjoint.running.in_flight import InFlight, Step
+from vidjoint.speed.topology import batch_shapes
 from vidjoint.train import Setup, initial_state
 
 ROUNDS = 5  # of which the median counts

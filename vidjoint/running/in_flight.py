@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import jax
 
-from vidjoint import host_memory
+from vidjoint.machine import host_memory
 
 MOST = 2  # steps that the device may have at a time; more would only hold their batches in its memory
 MOST_ON_CPU = 1  # there each also holds all that it computes with

@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vidjoint.data.workers import cores
-from vidjoint.host_memory import only_cpus
+from vidjoint.machine.host_memory import only_cpus
 from vidjoint.models.build import PRESETS
 from vidjoint.validate import MOST_CPU_DEVICES
 

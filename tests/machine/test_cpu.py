@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from vidjoint import cpu, host_memory
 from vidjoint.config import base_config
+from vidjoint.machine import cpu, host_memory
 
 GIB = 2**30
 
@@ -46,7 +46,7 @@ def run(code: str, **environment: str) -> list[str]:
 
 def test_devices_are_there_and_compute():
     code = (
-        "import jax; from vidjoint import cpu; from vidjoint.config import base_config; c = base_config(); c.mesh.cpu_devices = 3;"
+        "import jax; from vidjoint.machine import cpu; from vidjoint.config import base_config; c = base_config(); c.mesh.cpu_devices = 3;"
         "cpu.set_up(c); print(jax.device_count()); c.mesh.cpu_devices = 2; cpu.set_up(c)"  # JAX has started: nothing happens
     )
     assert run(code) == ["3"]
@@ -56,7 +56,7 @@ def test_devices_are_there_and_compute():
 @pytest.mark.skipif(not host_memory.can_be_kept(), reason="only with glibc 2.35 or newer")
 def test_commands_keep_their_memory():
     code = (
-        "import os, sys, resource, jax, jax.numpy as jnp; from vidjoint import host_memory; {}; f = jax.jit(lambda x: x + 1);"
+        "import os, sys, resource, jax, jax.numpy as jnp; from vidjoint.machine import host_memory; {}; f = jax.jit(lambda x: x + 1);"
         "x = jnp.ones(1 << 24); [f(x).block_until_ready() for _ in range(3)]; before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt;"
         "[f(x).block_until_ready() for _ in range(3)]; print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before);"
         "print(os.environ['GLIBC_TUNABLES'])"
@@ -73,7 +73,7 @@ def test_commands_keep_their_memory():
 @pytest.mark.skipif(not host_memory.can_be_kept(), reason="only with glibc 2.35 or newer")
 def test_settled_memory_is_kept_and_grows_no_more():
     code = (
-        "import os, resource, numpy as np; from vidjoint import host_memory; host_memory.keep();"
+        "import os, resource, numpy as np; from vidjoint.machine import host_memory; host_memory.keep();"
         "held = lambda: int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE') >> 20;"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt;"
         "np.ones(1 << 27, np.uint8); {}; before = held(), faults();"

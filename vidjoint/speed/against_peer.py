@@ -121,7 +121,7 @@ def _peer(config: ConfigDict) -> Iterator[tuple[dict, Callable[[str], float]]]:
         "batch_size": config.batch_size,
         "bfloat16": str(spec.dtype) == "bfloat16",
     }
-    command = [sys.executable, "-m", "vidjoint.peer", json.dumps(sizes)]
+    command = [sys.executable, "-m", "vidjoint.speed.peer", json.dumps(sizes)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)

@@ -9,8 +9,8 @@ from tqdm import tqdm
 from vidjoint.data.decode import DecodeError
 from vidjoint.data.examples import views
 from vidjoint.data.tasks import Task
-from vidjoint.page import Html, picture, strip, tag
-from vidjoint.predictions import Predictions
+from vidjoint.reporting.page import Html, picture, strip, tag
+from vidjoint.reporting.predictions import Predictions
 
 HARDEST, PAIRS, PER_PAIR = 8, 6, 2  # clips, confused pairs of classes, and clips of each pair that are shown
 FRAMES = 4  # of a clip's frames that are shown

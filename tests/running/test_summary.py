@@ -8,10 +8,11 @@ import optax
 import pytest
 
 from tests import tiny
-from vidjoint import optim, sharding, step, summary
+from vidjoint import optim, sharding, step
 from vidjoint.data.mixture import Mixture
 from vidjoint.data.tasks import open_tasks
 from vidjoint.models.build import build
+from vidjoint.running import summary
 
 
 @pytest.fixture(scope="module")

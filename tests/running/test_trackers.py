@@ -8,9 +8,10 @@ import types
 
 import pytest
 
-from vidjoint import trackers, validate
+from vidjoint import validate
 from vidjoint.config import base_config
 from vidjoint.metrics import MetricsWriter, read_events
+from vidjoint.running import trackers
 
 SETTINGS = {"seed": 0, "optim.lr": 0.1, "tasks.a.train": "list.csv"}
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vidjoint import metrics, plots, predictions
+from vidjoint import metrics
 from vidjoint.data.records import Source
 from vidjoint.errors import printable
+from vidjoint.reporting import plots, predictions
 
 SHARES = ("map", "top1", "top5")  # what begins the names of results that are shares
 

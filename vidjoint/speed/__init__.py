@@ -1,0 +1,1 @@
+"""What `vidjoint.benchmark` measures."""
