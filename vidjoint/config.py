@@ -433,11 +433,24 @@ def override(config: ConfigDict, change: str) -> list[str]:
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
-    """Names the known key that is most like an unknown one, to be appended to a message."""
-    last_words = {name.rpartition(".")[2]: name for name in known}
-    close = difflib.get_close_matches(key, known, 1, 0.75)
-    close = close or [last_words[word] for word in difflib.get_close_matches(key.rpartition(".")[2], last_words, 1, 0.5)]
-    close = close or difflib.get_close_matches(key, known, 1, 0.4)
+    """Names the known key that is most like an unknown one, or what there is in its place, to be appended to a message."""
+    section, _, word = key.rpartition(".")
+    tasks = {name.split(".")[1]: None for name in known if name.startswith("tasks.")}
+    if tasks and key.startswith("tasks.") and not difflib.get_close_matches(key.split(".")[1], tasks, 1, 0.75):
+        return f"; the tasks are {', '.join(tasks)}, and a new one goes into the experiment's file"
+    beside = {name.rpartition(".")[2]: name for name in known if section and name.rpartition(".")[0] == section}
+    elsewhere = (name for name in known if not name.startswith("tasks."))
+    anywhere = {name.rpartition(".")[2]: name for name in sorted(elsewhere, key=lambda name: -name.count("."))}
+
+    def like(words: dict[str, str]) -> list[str]:
+        longer = [name for name in words if len(word) > 2 and (name.startswith(word) or name.endswith(f"_{word}"))]
+        longer = sorted(longer, key=lambda name: (words[name].count("."), words[name]))[:1]
+        return [words[name] for name in longer or difflib.get_close_matches(word, words, 1, 0.6)]
+
+    close = like(beside) or [anywhere[name] for name in anywhere if name == word] or difflib.get_close_matches(key, known, 1, 0.75)
+    if not close and beside:
+        return f"; {section} has {', '.join(sorted(beside))}"
+    close = close or like(anywhere)
     return f"; the nearest is {close[0]}" if close else f" (all are in {__file__})"
 
 

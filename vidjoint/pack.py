@@ -104,6 +104,8 @@ def check(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace, split: str) -> Plan:
     path = Path(args.data).expanduser()
+    if not (args.source or path.exists()):
+        raise UserError(f"{args.data} does not exist: name a list, a folder or a zip")
     kind = args.source or ("folder" if path.is_dir() or path.suffix.lower() == ".zip" else "csv")
     settings = {"train": args.data, "val": args.val, "root": args.root, "labels": args.labels, "multilabel": args.multilabel}
     source = open_source("pack", task_config(source=kind, media=args.media, **settings), split, "")
