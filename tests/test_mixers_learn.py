@@ -1,6 +1,4 @@
-"""Every mixer, on images and clips, in both compute types, with and without rematerialisation: real training steps learn one batch by heart."""
-
-import itertools
+"""Every mixer, on images and clips, in both compute types, one of them with rematerialisation: real training steps learn one batch by heart."""
 
 import jax
 import numpy as np
@@ -27,7 +25,9 @@ def config_of(mixer: str, frames: int, dtype: str, remat: str):
     return config
 
 
-@pytest.mark.parametrize(("mixer", "frames", "dtype", "remat"), list(itertools.product(MIXERS, (1, 8), ("float32", "bfloat16"), ("none", "block"))))
+@pytest.mark.parametrize(("dtype", "remat"), [("float32", "none"), ("bfloat16", "block")])
+@pytest.mark.parametrize("frames", [1, 8])
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_loss_falls_below_a_hundredth(mixer, frames, dtype, remat):
     config = config_of(mixer, frames, dtype, remat)
     model = build(config.model, {"a": 4})
