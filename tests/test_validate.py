@@ -95,6 +95,7 @@ MISTAKES = {
     "model.variant='B/x' is unknown": dict(model__variant="B/x"),
     "model.heads=5 does not divide the width 192": dict(model__heads=5),
     "model.pool=class_token needs model.class_token=True": dict(model__class_token=False),
+    "model.attention=cudnn computes in bfloat16, not float32": dict(model__attention="cudnn", model__dtype="float32"),
     "model.token_shift.tokens=class needs a class token": dict(model__class_token=False, model__pool="average", model__mixer="token_shift"),
     "model.motion.block=0 must be above 0": dict(model__motion__block=0),
     "model.motion.order='space' is unknown": dict(model__motion__order="space"),

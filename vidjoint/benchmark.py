@@ -1,6 +1,6 @@
 """Measures an experiment on this machine: its model, its training step, its input pipeline.
 
-python -m vidjoint.benchmark --config=configs/demo.py [--what=model,memory,compile,step,data,decode,peer] [--steps=N] [--json=FILE]
+python -m vidjoint.benchmark --config=configs/demo.py [--what=model,memory,compile,step,attention,data,decode,peer] [--steps=N] [--json=FILE]
 python -m vidjoint.benchmark --config=configs/cover_jft.py:high_res --topology=v5e:16x16     compiles the training step for TPUs, without one
 """
 
@@ -21,10 +21,12 @@ from vidjoint import config as config_module
 from vidjoint import validate
 from vidjoint.errors import UserError, command
 from vidjoint.machine import cpu
+from vidjoint.models.layers import ATTENTIONS
 from vidjoint.output_files import check_writable, write_json
 from vidjoint.sharding import memory_errors
 from vidjoint.speed import topology, training
 from vidjoint.speed.against_peer import measure_peer
+from vidjoint.speed.attention import measure_attention
 from vidjoint.speed.decoding import measure_decode
 from vidjoint.train import MEMORY_ADVICE, prepare
 from vidjoint.weights.pretrained import adopt, open_weights
@@ -34,6 +36,7 @@ PARTS = {
     "memory": "what the gradient of one clip needs, compiled but not run; needs no data",
     "compile": "how long the training step takes to compile",
     "step": "the training step and the forward pass, on batches that are on the device",
+    "attention": "each kind of attention in the blocks by itself, made of products or, on an NVIDIA GPU, by cuDNN (model.attention); needs no data",
     "data": "the input pipeline alone, and how much of a training run waits for it",
     "decode": "clips/s of this package, and of decord and torchcodec where they are installed, on files of the experiment",
     "peer": "the training step and the forward pass against Hugging Face's TimeSformer in PyTorch, on CPUs; needs no data",
@@ -57,6 +60,7 @@ TEXTS = {  # the figures for people: what they are, and how they are written
     "mfu": ("share of that reached (MFU)", "{:.1%}"),
     "peak_bytes": ("memory of one device at its peak, bytes", "{}"),
     "peak_bytes_from": ("as told by", "{}"),
+    "examples": ("clips of the largest size at once", "{:,}"),
     "pipeline_clips_per_s": ("decoding alone, clips and images per second", "{:,.1f}"),
     "run_clips_per_s": ("training with decoding beside it", "{:,.1f}"),
     "wait_share": ("share of training that waits for data", "{:.1%}"),
@@ -135,6 +139,7 @@ def main(argv: list[str]) -> int:
         "memory": lambda: training.measure_memory(config),
         "compile": lambda: steps().measure_compile(),
         "step": lambda: steps().measure_step(),
+        "attention": lambda: measure_attention(config),
         "data": lambda: training.measure_data(setup, steps(), args.steps),
         "decode": lambda: measure_decode(config, tuple(map(int, gops))),
         "peer": lambda: measure_peer(config),
@@ -176,6 +181,11 @@ def as_rows(part: str, figures: dict) -> list[str]:
         for row in figures["rows"]:
             text = f"  GOP {row['gop']}, {row['frames']} frames, {row['size']}"
             rows.append((text, "".join(f"{row[f'{reader}_clips_per_s']:9.2f}" for reader in there)))
+    for row in figures["rows"] if part == "attention" else ():
+        text = "{calls} x {sequences:,} sequences, {queries} of {keys} tokens, {heads} heads of {channels}".format(**row)
+        rows.append((text, "ms forward, with gradients"))
+        for how in [how for how in ATTENTIONS if f"{how}_train_ms" in row]:
+            rows.append((f"  {how}", "".join(f"{row[f'{how}_{what}_ms']:10.3f}" for what in ("forward", "train"))))
     return [f"{part if i == 0 else '':<8} {text:<62} {value:>14}" for i, (text, value) in enumerate(rows)]
 
 

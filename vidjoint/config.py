@@ -100,6 +100,9 @@ def base_config() -> ConfigDict:
     m.pool = "class_token"
     m.class_token = True  # False: no class token in the blocks; pool: average, patch_mean, first_token, class_attention or temporal_encoder
     m.dtype = "bfloat16"  # compute type; parameters, softmax and losses stay float32. On a CPU float32 is faster
+    # xla: products and a softmax; cudnn: flash attention of NVIDIA GPUs (A100 and newer) in bfloat16, for sequences of 128 tokens and more, and xla
+    # everywhere else. Which is faster for this model: benchmark --what=attention
+    m.attention = "xla"
     # What the backward pass computes anew to save memory. none; dots: all but the dense layers, that is norms, GELU and attention maps; block: each
     # block (the least memory, a third more compute)
     m.remat = "none"

@@ -4,6 +4,7 @@ python -m vidjoint.export --workdir=DIR --out=FOLDER [--task=NAME] [--frames=T -
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -120,6 +121,7 @@ def export(weights: Pretrained, out: Path, platforms: tuple[str, ...], formats: 
     """
     config, params = weights.config, traverse_util.unflatten_dict(weights.params, sep="/")
     model = build(config.model, {task: len(names) for task, names in weights.labels.items()})
+    model = dataclasses.replace(model, spec=dataclasses.replace(model.spec, attention="xla"))  # which all platforms have
     clips = {task: clip_spec(config, task) for task in weights.labels}
     for clip in clips.values():
         _check_shape(model, clip)

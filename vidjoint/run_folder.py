@@ -26,7 +26,7 @@ from vidjoint.output_files import write_whole
 # Keys that may change between the start of a run and its continuation: they don't say what is computed, only where, how fast and what is looked at
 HARMLESS = re.compile(
     r"eval\..*|eval_every|log_every|log_to|checkpoint_every|keep_checkpoints|data\.(threads|workers|prefetch|max_bad_share|isolate|decode_.*)"
-    r"|mesh\..*|data_root|init_(from|heads|parts|allow)|model\.remat|max_skipped|tasks\.\w+\.allow_outside"
+    r"|mesh\..*|data_root|init_(from|heads|parts|allow)|model\.(remat|attention)|max_skipped|tasks\.\w+\.allow_outside"
 )
 
 

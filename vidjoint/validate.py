@@ -13,7 +13,7 @@ from vidjoint.data.schedules import SCHEDULES
 from vidjoint.data.tasks import clip_spec
 from vidjoint.errors import UserError
 from vidjoint.models.build import PRESETS
-from vidjoint.models.layers import GELUS
+from vidjoint.models.layers import ATTENTIONS, GELUS
 from vidjoint.models.mixers import MIXERS
 from vidjoint.models.pooling import NEED_CLASS_TOKEN, POOLS
 from vidjoint.models.position import RESIZERS
@@ -27,6 +27,7 @@ CHOICES = {
     "model.pool": POOLS,
     "model.dtype": ("bfloat16", "float32"),
     "init_heads": ("matching", "new"),
+    "model.attention": ATTENTIONS,
     "model.remat": ("none", *REMAT),
     "model.gelu": ("", *GELUS),
     "model.interpolation": ("", *INTERPOLATIONS),
@@ -242,6 +243,8 @@ def _check_model(model: ConfigDict) -> list[str]:
         problems.append(f"model.token_shift.fraction={model.token_shift.fraction} must be above 0 and at most 0.5: each direction takes so much")
     if not 0 <= model.drop_path < 1 or not 0 <= model.dropout < 1:
         problems.append(f"model.drop_path={model.drop_path} and model.dropout={model.dropout} must be at least 0 and below 1")
+    if model.attention == "cudnn" and model.dtype != "bfloat16":
+        problems.append(f"model.attention=cudnn computes in bfloat16, not {model.dtype}: set model.dtype=bfloat16, or model.attention=xla")
     if model.tubelet > 1 and model.embed != "separate":
         problems.append(f"model.tubelet={model.tubelet} is for videos alone: set model.embed=separate, or model.tubelet=1")
     if model.tubelet > 0 and model.frames % model.tubelet:

@@ -22,7 +22,7 @@ class Block(nnx.Module):
     def __init__(self, spec: ViTSpec, index: int, rngs: nnx.Rngs):
         """`index` counts the blocks of the model from 0."""
         self.norm1 = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
-        self.attn = Attention(spec.width, spec.heads, dtype=spec.dtype, rngs=rngs)
+        self.attn = Attention(spec.width, spec.heads, dtype=spec.dtype, rngs=rngs, how=spec.attention)
         self.norm2 = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
         self.mlp = Mlp(spec.width, spec.mlp_dim, gelu=spec.gelu, dtype=spec.dtype, rngs=rngs)
         self.mixer = MIXERS[spec.mixer](spec, index, rngs)

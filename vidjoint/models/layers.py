@@ -15,6 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 XAVIER = nnx.initializers.xavier_uniform()  # scaled to the width, as in ViT's own code: a fixed 0.02 leaves narrow models almost linear, and stuck
 ZEROS = nnx.initializers.zeros_init()
 DENSE = "dense"
+ATTENTIONS = ("xla", "cudnn")
+FLASH = 128  # queries and keys from which cuDNN's attention is used: its blocks are of that size
 PAGE = 1024  # float32 numbers of 4 KiB: Eigen is slow (0.7 x) where rows of the result are a multiple of so many
 
 
@@ -92,15 +94,39 @@ def layer_norm(width: int, eps: float, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, rngs=rngs)
 
 
-def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, how: str = "xla") -> jax.Array:
     """softmax(q k^T / sqrt(d)) v for q float[B, N, H, d] and k, v float[B, M, H, d]; returns float[B, N, H, d].
 
-    `mask` bool[B, M]: False for keys that no query may see; each sequence must keep one.
+    Args:
+      mask: bool[B, M], False for keys that no query may see; each sequence must keep one.
+      how: one of ATTENTIONS. cudnn is flash attention, which writes no attention map to memory; where it can't be (`flash_fits`), this is as xla.
 
-    The gradient is our own: it makes the attention map again from q and k, as flash attention does (Dao et al. 2022, algorithm 4), so that none is
-    kept from the forward pass, and it divides by the softmax's sum where that is cheap, on the output.
+    The gradient of xla is our own: it makes the attention map again from q and k, as flash attention does (Dao et al. 2022, algorithm 4), so that
+    none is kept from the forward pass, and it divides by the softmax's sum where that is cheap, on the output.
     """
+    if how == "cudnn" and mask is None and flash_fits(q, k) and has_flash():
+        return _flash(q, k, v)
     return jax.lax.platform_dependent(q * q.shape[-1] ** -0.5, k, v, mask, cpu=_merged, default=_by_heads)
+
+
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """cuDNN's flash attention. JAX has its gradient for even numbers of tokens alone: odd ones get one more, which as a key nobody sees."""
+    queries, keys = q.shape[1], k.shape[1]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    seen = jnp.full(len(k), keys, jnp.int32) if keys % 2 else None
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=seen, implementation="cudnn")[:, :queries]
+
+
+def flash_fits(q: jax.Array, k: jax.Array) -> bool:
+    """Whether cuDNN has an attention for these shapes and types, and sequences are as long as its blocks."""
+    return q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and min(q.shape[1], k.shape[1]) >= FLASH
+
+
+@functools.cache
+def has_flash() -> bool:
+    """Whether this process computes on NVIDIA GPUs for which cuDNN has flash attention: compute capability 8.0 (A100) and above."""
+    device = jax.local_devices()[0]
+    return device.platform == "gpu" and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
 
 
 def _merged(q, k, v, mask):
@@ -166,8 +192,9 @@ _attend.defvjp(_attend_forward, _attend_backward)
 class Attention(nnx.Module):
     """Multi-head self-attention over the last but one axis, with the projections to q, k and v fused (rows q | k | v)."""
 
-    def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs):
-        self.heads = heads
+    def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs, how: str = "xla"):
+        """`how`: as for `dot_product_attention`."""
+        self.heads, self.how = heads, how
         self.qkv = Dense(width, 3 * width, dtype=dtype, rngs=rngs)
         self.proj = Dense(width, width, dtype=dtype, rngs=rngs)
 
@@ -185,7 +212,7 @@ class Attention(nnx.Module):
         mask = None if mask is None else jnp.broadcast_to(mask, x.shape[:-1]).reshape(-1, tokens)
         q, k, v = jnp.split(self.qkv(x).reshape(-1, tokens, 3 * self.heads, width // self.heads), 3, axis=2)
         q = q[:, :queries]  # cut out after the product: a cut through kernels that are split over devices would gather them
-        out = dot_product_attention(q, k, v, mask).reshape(*lead, -1, width)
+        out = dot_product_attention(q, k, v, mask, self.how).reshape(*lead, -1, width)
         return (last or self.proj)(out), q.reshape(*lead, *q.shape[1:]), k.reshape(*lead, *k.shape[1:])
 
 

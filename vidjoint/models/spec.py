@@ -76,6 +76,7 @@ class ViTSpec:
     pool: str = "class_token"
     class_token: bool = True
     dtype: str = "float32"
+    attention: str = "xla"
     remat: str = "none"
     scan: bool = False
     drop_path: float = 0.0

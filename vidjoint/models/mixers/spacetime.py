@@ -47,7 +47,7 @@ class TemporalBranch(OneClassToken):
         if not self.active:
             return
         self.temporal_norm = layer_norm(spec.width, spec.norm_eps, spec.dtype, rngs)
-        self.temporal_attn = Attention(spec.width, spec.heads, dtype=spec.dtype, rngs=rngs)
+        self.temporal_attn = Attention(spec.width, spec.heads, dtype=spec.dtype, rngs=rngs, how=spec.attention)
         last = Dense(spec.width, spec.width, dtype=spec.dtype, rngs=rngs, kernel_init=BRANCH_END[spec.temporal_init])
         if fc:
             self.temporal_fc = last
