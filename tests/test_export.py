@@ -140,10 +140,15 @@ def test_real_files_become_the_same_pixels(folder, loaded, shared_data):
 def odd_files(folder) -> dict[str, Path]:
     """Files whose heads tell little or mislead, and what they are to a task."""
     pictures = [numbered(i) for i in range(40)]
-    files = {name: folder / name for name in ("moving.gif", "b_frames.avi", "late.mkv", "no_duration.mkv", "grey.pgm", "deep.png")}
+    files = {
+        name: folder / name
+        for name in ("moving.gif", "b_frames.avi", "late.mkv", "no_duration.mkv", "slow_end.mp4", "dropped.avi", "grey.pgm", "deep.png")
+    }
     first, *rest = (Image.fromarray(picture) for picture in pictures)
     first.save(files["moving.gif"], save_all=True, append_images=rest, duration=40)
     write(files["b_frames.avi"], pictures, gop=12)
+    write(files["slow_end.mp4"], pictures, stamps=np.cumsum([0] + [12] * 34 + [90] * 5))
+    write(files["dropped.avi"], pictures, stamps=np.cumsum([0] + [10, 20, 60] * 13), b_frames=0)
     write(files["late.mkv"], pictures, stamps=1200 + 20 * np.arange(40))
     with open(files["no_duration.mkv"], "wb") as file:
         write(NoSeek(file), pictures, container="matroska")

@@ -131,6 +131,28 @@ def test_made_up_stamps_do_not_shorten_a_video(files):
         assert numbers(video.read(np.array([0.0, 9.99]), WHOLE)) == [0, 299]
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_last_frames_count_where_the_header_forgets_them(tmp_path, codec):
+    """Packets without durations, slower at the end: the header adds up times of decoding, which end before the last frames are shown."""
+    stamps = np.cumsum([0] + [12] * 54 + [90] * 5)
+    write(tmp_path / "slow_end.mp4", [numbered(i) for i in range(60)], stamps=stamps, codec=codec)
+    with Video(tmp_path / "slow_end.mp4") as video:
+        assert video.info.duration == pytest.approx((stamps[-1] + 90) / 600, abs=0.11)
+        assert numbers(video.read(stamps / 600, WHOLE)) == list(range(60))
+
+
+@pytest.mark.parametrize(("codec", "b_frames"), [("libx264", 0), ("libx264", 2), ("mpeg4", 0), ("mpeg4", 2)])
+def test_avi_with_dropped_frames(tmp_path, codec, b_frames):
+    """As recorders of screens write them: a picture that is like the one before is an empty chunk, which the header counts."""
+    stamps = 20 * np.cumsum([0] + [1, 2, 3, 4, 5] * 8)  # of 121 pictures 41 are there
+    write(tmp_path / "dropped.avi", [numbered(i) for i in range(41)], stamps=stamps, codec=codec, b_frames=b_frames, gop=12)
+    with Video(tmp_path / "dropped.avi") as video:
+        assert video.info.frames == 41
+        assert video.info.duration == pytest.approx(stamps[-1] / 600, abs=0.3)
+        assert numbers(video.read(stamps[:39] / 600 + 0.01, WHOLE)) == list(range(39))  # when the last ones come, B-frames leave open
+        assert numbers(video.read(stamps[20:10:-1] / 600 + 0.01, WHOLE)) == list(range(20, 10, -1))
+
+
 def test_times_outside_and_on_the_stamps(files):
     file, appear = files["variable.mp4"]
     with Video(file) as video:

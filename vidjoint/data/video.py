@@ -195,9 +195,10 @@ class Video:
                 other.discard = Discard.all
 
         self._stamp = INDEX_STAMP.get(self._container.format.name)
-        # AVI holds no presentation times. With B-frames of these codecs FFmpeg makes some up, in the order of decoding: pictures come out rightly
-        # ordered all the same
-        self._made_up = self._container.format.name == "avi" and context.name in ("h264", "hevc") and context.has_b_frames
+        # AVI holds no presentation times. For these codecs FFmpeg makes some up, each the time of decoding of the next packet. Without B-frames the
+        # picture's own is right; with them these times are in the order of decoding, but pictures come out rightly ordered all the same
+        self._no_pts = self._container.format.name == "avi" and context.name in ("h264", "hevc")
+        self._made_up = self._no_pts and context.has_b_frames
         if self._made_up:
             self._stamp, self._chooses = None, False
         if self._stamp == "pts":  # Matroska reads its list of keyframes at the first seek
@@ -223,9 +224,14 @@ class Video:
         self._matrix = _display_matrix(frame)
         first = self._first_pts * stream.time_base
         duration, frames, rate = 0.0, stream.frames, stream.average_rate or stream.guessed_rate or 0
+        if container.format.name == "avi" and (index := stream.index_entries) and 2 * index[-1].timestamp >= frames:
+            frames = len(index)  # the header counts those that were dropped, too
         if stream.duration:
             start = self._first_pts if stream.start_time is None or self._made_up else stream.start_time
-            duration = float((start + stream.duration) * stream.time_base - first)
+            end = start + stream.duration
+            if self._seekable and self._container.format.name.startswith("mov"):
+                end = self._checked_end(end)
+            duration = float(end * stream.time_base - first)
         elif container.duration:  # from the first time stamp, but in Matroska from time 0
             start = 0 if self._stamp == "pts" else container.start_time or 0
             duration = float(Fraction(start + container.duration, av.time_base) - first)
@@ -237,6 +243,17 @@ class Video:
         width, height = (frame.height, frame.width) if _is_transposed(self._matrix) else (frame.width, frame.height)
         return VideoInfo(width, height, duration, fps, frames if frames > 0 else max(1, round(duration * fps)))
 
+    def _checked_end(self, end: int) -> int:
+        """When an MP4 ends, in ticks, given what its header says. That may add up what lies between the times of decoding, which, with B-frames and a
+        variable rate, can end before the last pictures are shown."""
+        stream, shown = self._stream, [(end - 1, 1)]
+        if stream.codec_context.has_b_frames and stream.average_rate != stream.base_rate:
+            with contextlib.suppress(av.error.FFmpegError), open_container(self._file, self._max_pixels) as container:
+                container.seek(stream.index_entries[-1].timestamp, stream=container.streams[stream.index])  # to the last keyframe
+                packets = container.demux(container.streams[stream.index])
+                shown += [(packet.pts, max(packet.duration or 0, 1)) for packet in packets if packet.pts is not None and not packet.is_discard]
+        return sum(max(shown))
+
     def _check_size(self, width: int, height: int) -> None:
         if width * height > self._max_pixels:
             raise DecodeError(f"its pictures of {width} x {height} are larger than the {self._max_pixels} pixels allowed (data.max_pixels)")
@@ -245,7 +262,7 @@ class Video:
 
     def _play(self) -> None:
         """Starts decoding where the container stands."""
-        self._packets = PacketsAhead(self._container.demux(self._stream))
+        self._packets = PacketsAhead(self._demuxed())
         self._frames = self._decode()
         self._current = self._ahead = None
         self._given = set()  # pts of the wanted pictures that the decoder has been given
@@ -253,6 +270,12 @@ class Video:
         self._damage = ""  # why decoding ended early
         self._first_key = None  # index stamp and pts of the first keyframe read since
         self._reached = -(2**63)  # largest index stamp of a keyframe read since
+
+    def _demuxed(self) -> Iterator[av.Packet]:
+        for packet in self._container.demux(self._stream):
+            if self._no_pts and not self._made_up:
+                packet.pts = packet.dts
+            yield packet
 
     def _decode(self) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yields (pts, frame) in order of display. Damage before the first frame is passed over: streams may begin between keyframes."""

@@ -29,8 +29,8 @@ def read(file: str, settings: dict) -> np.ndarray:
 
 
 def _made_up(container, stream) -> bool:
-    """Whether the times that PyAV gives are of no use: AVI holds none, and with B-frames of these codecs they are in the order of decoding."""
-    return container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
+    """Whether the times that PyAV gives are of no use: AVI holds none, and for these codecs each is that of the next packet to decode."""
+    return container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc")
 
 
 def _shown(container, stream):
@@ -48,17 +48,24 @@ def _duration(av, file: str, container, stream, first: int) -> float:
     ticks, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 0)
     duration, frames = 0.0, stream.frames
     if stream.duration:
-        start = first if stream.start_time is None or _made_up(container, stream) else stream.start_time
-        duration = (start + stream.duration - first) * ticks
+        end = (first if stream.start_time is None or _made_up(container, stream) else stream.start_time) + stream.duration
+        # An MP4's head may add up times of decoding, which, with B-frames and a variable rate, can end before the last frames are shown
+        if container.format.name.startswith("mov") and stream.codec_context.has_b_frames and stream.average_rate != stream.base_rate:
+            end = sum(max([(end - 1, 1)] + [(pts, max(shown, 1)) for pts, shown in _packets(av, file, stream) if pts is not None]))
+        duration = (end - first) * ticks
     elif container.duration:  # from the first time stamp, but in Matroska from time 0
         start = 0 if container.format.name == "matroska,webm" else container.start_time or 0
         duration = (start + container.duration) / av.time_base - first * ticks
     if duration <= 0 or not (frames > 0 or 0 < rate <= 240):  # the head does not tell: the packets do
-        with av.open(file) as again:
-            packets = [packet for packet in again.demux(again.streams[stream.index]) if packet.size]
-        ends = [packet.pts + (packet.duration or 0) for packet in packets if packet.pts is not None and packet.pts >= first]
-        duration, frames = (max(ends, default=first) - first) * ticks, len(packets)
+        packets = _packets(av, file, stream)
+        duration, frames = (max([first, *(pts + shown for pts, shown in packets if pts is not None and pts >= first)]) - first) * ticks, len(packets)
     return duration if duration > 0 else max(frames, 1) / (rate if 0 < rate <= 240 else 25.0)
+
+
+def _packets(av, file: str, stream) -> list[tuple]:
+    """Of each packet that is to be shown: when (None: unknown), and for how long, in ticks."""
+    with av.open(file) as again:
+        return [(p.pts, p.duration or 0) for p in again.demux(again.streams[stream.index]) if p.size and not p.is_discard]
 
 
 def _frame(frame, settings: dict) -> np.ndarray:
