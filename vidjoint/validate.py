@@ -87,13 +87,7 @@ def check(config: ConfigDict, trains: bool = True) -> list[str]:
     if problems:
         return problems
     problems = _check_numbers(config, CHOICES, POSITIVE, NOT_NEGATIVE)
-    for key, patterns in (("init_allow", config.init_allow), ("init_parts", [part.partition("=")[0] for part in config.init_parts])):
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                problems.append(f"{key}: {pattern!r} is no regular expression ({error}): correct it")
-    problems += [f"init_parts: {part!r}: write REGEX=PATH" for part in config.init_parts if not all(part.partition("="))]
+    problems += check_start(config)
     if config.init_parts and not config.init_from:
         problems.append("init_parts takes parameters in place of those of init_from: set init_from, too")
     if trains and min(config.total_steps, config.total_epochs) >= 0 and bool(config.total_steps) == bool(config.total_epochs):
@@ -123,6 +117,20 @@ def check(config: ConfigDict, trains: bool = True) -> list[str]:
     shapes = {clip_spec(config, name).shape for name in config.tasks}
     if config.schedule == "mixed" and 0 < config.batch_size < len(shapes):
         problems.append(f"batch_size={config.batch_size} is below the number of clip shapes, {len(shapes)}, which each need a batch: raise it")
+    return problems
+
+
+def check_start(config: ConfigDict) -> list[str]:
+    """Those problems of a config that are about which parameters `init_allow` and `init_parts` name."""
+    if problems := [line for line in _check_tuples(config) if line.startswith("init_")]:
+        return problems
+    for key, patterns in (("init_allow", config.init_allow), ("init_parts", [part.partition("=")[0] for part in config.init_parts])):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(f"{key}: {pattern!r} is no regular expression ({error}): correct it")
+    problems += [f"init_parts: {part!r}: write REGEX=PATH" for part in config.init_parts if not all(part.partition("="))]
     return problems
 
 

@@ -100,12 +100,22 @@ def test_inspect_with_a_config_tells_what_a_training_would_take_over(source, com
     assert heads == [f"new       heads/{task}, or from pretrained where the class names are the same" for task in ("clips", "stills")]
     assert not any("is that meant" in line for line in lines)  # what is not set is adopted
 
+    other = small.write_foreign(tmp_path / "other")
+    lines = command("inspect", source, experiment, f"--config.init_parts=('norm/.*={other}',)", "--config.init_heads=new")
+    assert (
+        f"loaded    norm/bias  [16]  <- {other}, vit.layernorm.bias" in lines and f"2 parameters are those of {other}: norm/{{bias,scale}}" in lines
+    )
+    assert [line for line in lines if "heads/" in line and line.startswith("new")] == ["new       heads/clips", "new       heads/stills"]
+
     lines = command("inspect", source, experiment, "--config.model.gelu=exact", "--config.model.mixer=none")
     assert lines[-1] == "model.gelu was tanh there and is exact here: is that meant?" and not any("mixer/" in line for line in lines)
     for change, words in (
         ("--config.model.variant=XXL/8", "model.variant='XXL/8' is unknown"),
         ("--config.model.width=32", "those weights are of a model of another size: set --config.model.variant=Ti/8 --config.model.width=16 "),
         ("--config.model.wdth=16", "there is no key model.wdth; the nearest is model.width"),
+        ("--config.init_allow=('(',)", "init_allow: '(' is no regular expression"),
+        ("--config.init_parts=('norm/.*',)", "init_parts: 'norm/.*': write REGEX=PATH"),
+        (f"--config.init_parts=('pool/.*={source}',)", f"init_parts: {source} has nothing for this model that 'pool/.*' names"),
     ):
         assert words in command("inspect", source, experiment, change, status=2)[0]
 

@@ -170,14 +170,20 @@ def what_would_happen(weights: Pretrained, argv: list[str]) -> list[str]:
     """What an experiment would take over, in lines; of classifiers not whether class names agree, which is known when the data is there."""
     config, name = config_module.parse(argv)
     config = adopt(config, weights.config)
-    if problems := validate.check_model(config):
+    if problems := validate.check_model(config) + validate.check_start(config):
         raise UserError(*problems)
-    body = {key: value for key, value in weights.params.items() if not key.startswith("heads/")}
+    parts = [(pattern, _headless(open_weights(path))) for pattern, _, path in (part.partition("=") for part in config.init_parts)]
     model = build(config.model, {})
-    planned = plan(dataclasses.replace(weights, params=body, labels={}), model.abstract(), model.spec, {}, config.init_allow)
-    old = f", or from {', '.join(weights.labels)} where the class names are the same" if weights.labels else ""
+    planned = plan(_headless(weights), model.abstract(), model.spec, {}, config.init_allow, parts=parts)
+    kept = weights.labels and config.init_heads == "matching"
+    old = f", or from {', '.join(weights.labels)} where the class names are the same" if kept else ""
     heads = [f"new       heads/{task}{old}" for task in sorted(config.tasks)]
     return [f"{name} with init_from={weights.source}:", *planned.table().splitlines(), *heads, *planned.warnings]
+
+
+def _headless(weights: Pretrained) -> Pretrained:
+    body = {key: value for key, value in weights.params.items() if not key.startswith("heads/")}
+    return dataclasses.replace(weights, params=body, labels={})
 
 
 def _settings(words: list[str]) -> dict[str, Any]:
