@@ -142,7 +142,18 @@ def odd_files(folder) -> dict[str, Path]:
     pictures = [numbered(i) for i in range(40)]
     files = {
         name: folder / name
-        for name in ("moving.gif", "b_frames.avi", "late.mkv", "no_duration.mkv", "slow_end.mp4", "dropped.avi", "grey.pgm", "deep.png")
+        for name in (
+            "moving.gif",
+            "b_frames.avi",
+            "late.mkv",
+            "no_duration.mkv",
+            "slow_end.mp4",
+            "dropped.avi",
+            "grey.pgm",
+            "deep.png",
+            "large.jpg",
+            "turned.jpg",
+        )
     }
     first, *rest = (Image.fromarray(picture) for picture in pictures)
     first.save(files["moving.gif"], save_all=True, append_images=rest, duration=40)
@@ -155,6 +166,10 @@ def odd_files(folder) -> dict[str, Path]:
     deep = np.random.default_rng(0).integers(0, 2**16, (30, 40), np.uint16)
     files["grey.pgm"].write_bytes(b"P5 40 30 65535\n" + deep.astype(">u2").tobytes())
     Image.fromarray(deep).save(files["deep.png"])
+    for name, orientation in (("large.jpg", 1), ("turned.jpg", 6)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray((deep >> 8).astype(np.uint8)).resize((400, 300)).save(files[name], exif=exif)  # some ten times what is wanted of it
     return files
 
 
@@ -170,7 +185,7 @@ def test_odd_files_become_the_same_pixels(folder, loaded, tmp_path, task):
     module, settings = reader(folder)
     spec = clip_spec(loaded.config, task)
     for name, file in odd_files(tmp_path).items():
-        media = "image" if name.endswith((".pgm", ".png")) or (name.endswith(".gif") and task == "stills") else "video"
+        media = "image" if name.endswith((".pgm", ".png", ".jpg")) or (name.endswith(".gif") and task == "stills") else "video"
         want = np.broadcast_to(views({media: str(file)}, spec, 1, 1)[0], spec.shape)  # a picture is shown all the time
         np.testing.assert_array_equal(module.read(str(file), settings[task]), want, err_msg=name)
 

@@ -80,11 +80,13 @@ def _picture(file: str, settings: dict) -> np.ndarray:
     from PIL import Image, ImageOps
 
     with Image.open(file) as image:
+        sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
+        (height, width), (top, left) = _place(*(image.size if sideways else image.size[::-1]), settings)
+        image.draft("RGB", (height, width) if sideways else (width, height))  # JPEG: decoded at 1/2, 1/4 or 1/8, not below what is wanted
         picture = ImageOps.exif_transpose(image)
         if picture.mode.startswith("I;16") or (picture.mode == "I" and image.format in ("PNG", "PPM")):  # 16 bits: the upper ones
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         picture = picture.convert("RGB")
-    (height, width), (top, left) = _place(picture.height, picture.width, settings)
     down, right = picture.height / height, picture.width / width
     box = (left * right, top * down, (left + settings["width"]) * right, (top + settings["height"]) * down)
     box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))
