@@ -86,7 +86,7 @@ def files_in(folder: str) -> frozenset[str]:
 def is_outside(path: str, root: str) -> bool:
     """Whether a path leads out of root by its text: links inside root may point anywhere."""
     path = os.path.abspath(path)
-    return not any(path.startswith(os.path.join(folder, "")) for folder in {os.path.abspath(root), os.path.realpath(root)})
+    return not any(path.startswith(os.path.join(where(root), "")) for where in (os.path.abspath, os.path.realpath))  # the latter asks the disk
 
 
 def same_name(path: str) -> str:
