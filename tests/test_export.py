@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import jax
@@ -94,7 +95,7 @@ def test_the_script_is_short():
     assert len([line for line in code.splitlines() if line.strip() and not line.lstrip().startswith("#")]) < 30
 
 
-def test_the_script_says_what_is_wrong(folder):
+def test_the_script_says_what_is_wrong(folder, tmp_path):
     def said(*arguments) -> str:
         result = subprocess.run([sys.executable, folder / "run.py", *arguments], capture_output=True, text=True, timeout=100)
         assert result.returncode == 1
@@ -102,8 +103,14 @@ def test_the_script_says_what_is_wrong(folder):
 
     usage = "usage: python run.py TASK CLIP...   TASK: clips, stills\n"
     assert [said(), said("clips"), said("clip", "a.npy")] == [usage] * 3
-    (line,) = said("clips", "missing.npy").splitlines()
-    assert line.startswith("error: ") and "missing.npy" in line
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(8000)
+        out.writeframes(bytes(8000))
+    for file in ("missing.npy", "sound.wav"):
+        (line,) = said("clips", tmp_path / file).splitlines()
+        assert line.startswith("error: ") and file in line
 
 
 def reader(folder):
@@ -140,23 +147,12 @@ def test_real_files_become_the_same_pixels(folder, loaded, shared_data):
 def odd_files(folder) -> dict[str, Path]:
     """Files whose heads tell little or mislead, and what they are to a task."""
     pictures = [numbered(i) for i in range(40)]
-    files = {
-        name: folder / name
-        for name in (
-            "moving.gif",
-            "b_frames.avi",
-            "late.mkv",
-            "no_duration.mkv",
-            "slow_end.mp4",
-            "dropped.avi",
-            "grey.pgm",
-            "deep.png",
-            "large.jpg",
-            "turned.jpg",
-        )
-    }
+    names = "mirrored.mp4 turned.mp4 moving.gif b_frames.avi late.mkv no_duration.mkv slow_end.mp4 dropped.avi grey.pgm deep.png large.jpg turned.jpg"
+    files = {name: folder / name for name in names.split()}
     first, *rest = (Image.fromarray(picture) for picture in pictures)
     first.save(files["moving.gif"], save_all=True, append_images=rest, duration=40)
+    write(files["mirrored.mp4"], pictures, matrix=(0, True, False))
+    write(files["turned.mp4"], pictures, matrix=(90, True, False))
     write(files["b_frames.avi"], pictures, gop=12)
     write(files["slow_end.mp4"], pictures, stamps=np.cumsum([0] + [12] * 34 + [90] * 5))
     write(files["dropped.avi"], pictures, stamps=np.cumsum([0] + [10, 20, 60] * 13), b_frames=0)

@@ -8,15 +8,18 @@ PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", "
 
 
 def read(file: str, settings: dict) -> np.ndarray:
-    """uint8[T, H, W, 3] in RGB, for a task's entry of preprocessing.json."""
+    """uint8[T, H, W, 3] in RGB, for a task's entry of preprocessing.json. Raises OSError if there is no picture in it."""
     if file.lower().endswith(PICTURES) or (file.lower().endswith(".gif") and settings["media"] == "image"):
         return np.stack([_picture(file, settings)] * settings["frames"])
     import av
 
     with av.open(file) as container:
         stream = container.streams.best("video")
-        frames, clip, ticks = _shown(container, stream), [], float(stream.time_base)  # seconds
-        first, now = next(frames)
+        frames = _shown(container, stream) if stream else iter(())
+        first, now = next(frames, (0, None))
+        if now is None:
+            raise OSError(f"{file}: no video in it, or no frame can be decoded")
+        clip, ticks = [], float(stream.time_base)  # seconds
         duration = _duration(av, file, container, stream, first)
         after = next(frames, None)
         length = min(settings["window_seconds"] or duration, duration)
@@ -69,11 +72,23 @@ def _packets(av, file: str, stream) -> list[tuple]:
 
 
 def _frame(frame, settings: dict) -> np.ndarray:
-    turns = round(frame.rotation / 90) % 4
-    (height, width), (top, left) = _place(*((frame.width, frame.height) if turns % 2 else (frame.height, frame.width)), settings)
-    size = {"width": height, "height": width} if turns % 2 else {"width": width, "height": height}
-    small = np.rot90(frame.reformat(format="rgb24", interpolation=settings["interpolation"].upper(), **size).to_ndarray(), turns)
-    return small[top : top + settings["height"], left : left + settings["width"]]
+    a, b, c, d = _matrix(frame)
+    sideways = abs(b) + abs(c) > abs(a) + abs(d)
+    (height, width), (top, left) = _place(*((frame.width, frame.height) if sideways else (frame.height, frame.width)), settings)
+    size = {"width": height, "height": width} if sideways else {"width": width, "height": height}
+    small = frame.reformat(format="rgb24", interpolation=settings["interpolation"].upper(), **size).to_ndarray()
+    small, right, down = (small.swapaxes(0, 1), c, b) if sideways else (small, a, d)
+    return small[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1][top : top + settings["height"], left : left + settings["width"]]
+
+
+def _matrix(frame) -> tuple:
+    """How the picture is turned and mirrored: (x, y), to the right and down, is shown at (a x + c y, b x + d y)."""
+    try:
+        found = frame.side_data.get("DISPLAYMATRIX")
+        return (1, 0, 0, 1) if found is None else tuple(np.frombuffer(bytes(found), np.int32)[[0, 1, 3, 4]].tolist())
+    except ValueError:  # PyAV 18 knows not every kind of side data; the angle alone it can tell
+        cos, sin = (round(f(math.radians(frame.rotation))) for f in (math.cos, math.sin))
+        return cos, -sin, sin, cos
 
 
 def _picture(file: str, settings: dict) -> np.ndarray:
