@@ -242,6 +242,8 @@ def test_as_a_training_source(films, monkeypatch):
     assert check_data.main(["out:train", "--json=report.json"]) == 0
     assert json.loads((films / "report.json").read_text())["classes"] == {"a": 3, "b": 2, "c": 1}
     assert check_data.main(["out:dev"]) == 2
+    (films / "out").rename(films / "out:v2")
+    assert check_data.main(["out:v2"]) == check_data.main(["out:v2:train"]) == 0
     memory.rm("/bucket", recursive=True)
 
 

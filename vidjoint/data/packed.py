@@ -37,7 +37,8 @@ open_shard = functools.lru_cache(maxsize=256)(OpenArchive)
 
 def name_split(what: str) -> tuple[str, str]:
     """The folder or URL, and the split ("" if there is none), of FOLDER[:split] or URL[:split]."""
-    match = re.fullmatch(r"(.+?):([A-Za-z]\w*)", what, re.DOTALL)
+    named = os.path.isfile(os.path.join(what, MANIFEST))  # a folder may have a colon in its name
+    match = None if named else re.fullmatch(r"(.+?):([A-Za-z]\w*)", what, re.DOTALL)
     return match.groups() if match else (what, "")
 
 
