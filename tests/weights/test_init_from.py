@@ -254,6 +254,9 @@ def test_parts_come_from_other_weights(tmp_path):
         f"init_from={tmp_path / 'a'}: 3 parameters are those of {tmp_path / 'b'}: embed/video_position, embed/video_proj/{{bias,kernel}}",
         f"init_from={tmp_path / 'a'}: 4 parameters are those of {tmp_path / 'c'}: embed/{{class_token,position}}, embed/proj/{{bias,kernel}}",
     ]
+    write_run(tmp_path / "d", model_config(mixer="none", frames=1, mean=(0.1, 0.2, 0.3)), seed=5)
+    planned = plan(open_weights(tmp_path / "a"), fresh, spec, LABELS, parts=[("embed/proj/.*", open_weights(tmp_path / "d"))])
+    assert planned.warnings[-1].startswith(f"{tmp_path / 'd'}: model.mean was (0.1, 0.2, 0.3) there and is ")
     with pytest.raises(UserError, match=r"init_parts: .*a has nothing for this model that 'pool/.*' names"):
         plan(open_weights(tmp_path / "a"), fresh, spec, LABELS, parts=[("pool/.*", open_weights(tmp_path / "a"))])
 

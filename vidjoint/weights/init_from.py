@@ -160,7 +160,8 @@ def _with_part(start: Plan, part: tuple[str, Plan]) -> Plan:
     theirs = {line.name: replace(line, made_from=(source, *line.made_from)) for line in other.lines if line.name in taken and line.kind != "unused"}
     lines = tuple(theirs.get(line.name, line) if line.kind != "unused" else line for line in start.lines)
     told = f"{len(taken)} parameters are those of {source}: {shortened(list(taken))}"
-    return replace(start, found=start.found | taken, lines=lines, warnings=(*start.warnings, told))
+    odd = [f"{source}: {line}" for line in other.warnings if line.startswith(("model.mean ", "model.std "))]  # whatever is taken relies on these
+    return replace(start, found=start.found | taken, lines=lines, warnings=(*start.warnings, told, *odd))
 
 
 def shortened(names: list[str]) -> str:
