@@ -153,6 +153,25 @@ def test_avi_with_dropped_frames(tmp_path, codec, b_frames):
         assert numbers(video.read(stamps[20:10:-1] / 600 + 0.01, WHOLE)) == list(range(20, 10, -1))
 
 
+def test_avi_with_dropped_frames_beside_sound(tmp_path):
+    """After a jump FFmpeg counts empty chunks twice that lie between the sound before the keyframe and the keyframe."""
+    file, stamps = tmp_path / "sound.avi", np.cumsum([0] + [1, 2, 3, 4, 5] * 24)  # in 1/30 s
+    with av.open(file, "w") as out:
+        sound, stream = out.add_stream("pcm_s16le", rate=8000, layout="mono"), out.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt, stream.options = WIDTH, HEIGHT, "yuv420p", {"g": "12"}
+        for i, stamp in enumerate(stamps):
+            frame = av.VideoFrame.from_ndarray(numbered(i), format="rgb24")
+            frame.pts, frame.time_base = int(stamp), Fraction(1, 30)
+            out.mux(stream.encode(frame))
+            heard = av.AudioFrame.from_ndarray(np.zeros((1, 8000 * (i % 5 + 1) // 30), np.int16), format="s16", layout="mono")
+            heard.sample_rate, heard.pts = 8000, int(stamp) * 8000 // 30
+            out.mux(sound.encode(heard))
+        out.mux([*stream.encode(None), *sound.encode(None)])
+    for wanted in (np.arange(3, 120, 16), np.arange(118, 0, -7)):
+        with Video(file) as video:
+            assert numbers(video.read(stamps[wanted] / 30 + 0.01, WHOLE)) == wanted.tolist()
+
+
 def test_times_outside_and_on_the_stamps(files):
     file, appear = files["variable.mp4"]
     with Video(file) as video:

@@ -384,7 +384,8 @@ class Video:
 
         A keyframe counts only if it comes out of the decoder first, as a keyframe, with its own presentation time: the frames shown after it are then
         what decoding from the start gives. If not (open groups of pictures whose first frames lean on earlier ones, indices that lie), the keyframe
-        before it is tried; after three failures in one place the file is never jumped in again.
+        before it is tried; after three failures in one place the file is never jumped in again. In AVI its time must be the index's, too: FFmpeg
+        tells it by counting chunks, and beside sound counts the empty ones before the keyframe twice.
         """
         limit = pts
         for _ in range(3):
@@ -399,7 +400,9 @@ class Video:
                     self._current = self._next()
             except av.error.FFmpegError:
                 self._current = None
-            if self._current and self._first_key and self._current[0] == self._first_key[1] <= pts and self._current[1].key_frame:
+            stamp, shown = self._first_key or (None, None)
+            in_time = stamp == key or self._container.format.name != "avi"
+            if in_time and self._current and self._current[0] == shown <= pts and self._current[1].key_frame:
                 self._reached = max(self._reached, key)
                 return
             limit = key - 1 + self._delay
