@@ -69,6 +69,7 @@ KINDS = {  # name of the file -> how it is written; 300 frames each, at 30 per s
     "variable.mp4": {"gop": 12, "stamps": True},
     "variable_long_gop.mp4": {"gop": 250, "stamps": True},
     "fragmented.mp4": {"gop": 30, "movflags": "frag_keyframe+empty_moov"},
+    "fragmented_later.mp4": {"gop": 30, "movflags": "frag_keyframe"},
     "gop30.mkv": {"gop": 30},
     "variable.mkv": {"gop": 12, "stamps": True},
     "mpeg4.avi": {"codec": "mpeg4", "gop": 12, "b_frames": 0},

@@ -226,6 +226,8 @@ class Video:
         duration, frames, rate = 0.0, stream.frames, stream.average_rate or stream.guessed_rate or 0
         if container.format.name == "avi" and (index := stream.index_entries) and 2 * index[-1].timestamp >= frames:
             frames = len(index)  # the header counts those that were dropped, too
+        elif frames and container.format.name.startswith("mov"):
+            frames = max(frames, len(stream.index_entries))  # the header counts those before the first fragment alone
         if stream.duration:
             start = self._first_pts if stream.start_time is None or self._made_up else stream.start_time
             end = start + stream.duration
