@@ -172,6 +172,21 @@ def test_every_run_has_its_seed_and_starts_from_its_first_stage(tmp_path):
         assert run.argv[-1] == f"--workdir={tmp_path / 'transfer' / f'{run.arm}_{run.seed}'}"
 
 
+def test_arms_without_a_first_stage_start_from_what_is_asked(tmp_path):
+    for run in findings.plan("datasets", 1, tmp_path, ["--config.init_from=runs/other"]):
+        assert parse([word for word in run.argv if not word.startswith("--workdir")])[0].init_from == "runs/other"
+
+
+def test_a_run_that_was_evaluated_otherwise_is_not_finished(tmp_path):
+    run, *_ = findings.plan("motion_block", 1, tmp_path, [])
+    run.folder.write(run.config, {"motion": ("up", "down")})
+    (run.folder.path / "checkpoints" / "450").mkdir(parents=True)
+    run.folder.results.write_text("{}")
+    predictions.write(predictions.file_of(run.folder.path, "motion"), ["/0.mp4"], np.zeros(1, int), np.eye(2)[:1], ("up", "down"))
+    for change, finished in (("eval.batch_size=3", True), ("eval.views=1x3", False), ("eval.average=logits", False)):
+        assert findings.plan("motion_block", 1, tmp_path, [f"--config.{change}"])[0].is_finished == finished
+
+
 def test_a_run_that_ends_early_ends_the_command(tmp_path, few_arms, monkeypatch, capfd):
     for status, expected in ((75, 75), (1, 2), (-9, 2)):
         monkeypatch.setattr(findings, "train", lambda argv, status=status: status)
@@ -209,6 +224,7 @@ def test_sigterm_reaches_the_run_and_ends_the_command(ends, status, tmp_path, mo
         (["transfer", "--seeds=0"], "--seeds=0 must be at least 1"),
         (["transfer", "--seed=2"], "unknown argument --seed=2"),
         (["transfer", "--config.seed=2"], "set --seeds=N"),
+        (["am_flow", "--config.init_from=runs/other"], "the arms of am_flow start from its own first stage, images, or from scratch"),
         (["transfer", "--config.total_stepz=2"], "there is no key total_stepz"),
         (["motion_block", "--config.model.heads=5"], "model.heads=5 does not divide"),
         (["motion_block", "--config.model.motion.block=2"], "m1, m4: the same as m2 with these settings: leave out"),

@@ -136,8 +136,9 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has left all that the table needs; its checkpoints show that it is this run."""
-        return self.folder.has_checkpoint and self.folder.results.exists() and set(self.config.tasks) <= set(predictions.tasks_in(self.folder.path))
+        """Whether it has left all that the table needs, with the same settings of evaluation; its checkpoints show that it is this run."""
+        there = self.folder.has_checkpoint and self.folder.results.exists() and set(self.config.tasks) <= set(predictions.tasks_in(self.folder.path))
+        return there and all(self.folder.config.eval[key] == self.config.eval[key] for key in ("views", "average"))
 
 
 def plan(name: str, seeds: int, workdir: Path, changes: list[str]) -> list[Run]:
@@ -154,11 +155,13 @@ def plan(name: str, seeds: int, workdir: Path, changes: list[str]) -> list[Run]:
     if any(change.startswith("--config.seed") for change in changes):
         raise UserError("--config.seed: each arm runs with seeds 0 to N-1: set --seeds=N")
     finding, runs, problems = FINDINGS[name], [], {}
+    if finding.stage and any(change.startswith("--config.init_from") for change in changes):
+        raise UserError(f"--config.init_from: the arms of {name} start from its own first stage, {finding.stage}, or from scratch: leave it out")
     for seed in range(seeds):
         for arm in (*filter(None, [finding.stage]), *finding.arms):
             argv = [f"--config={EXPERIMENTS}:{name},{arm}", *changes, f"--config.seed={seed}"]
             config, _ = config_module.parse(argv)
-            if config.init_from:
+            if finding.stage and config.init_from:
                 argv.append(f"--config.init_from={workdir / name / f'{finding.stage}_{seed}'}")
             folder = RunFolder(workdir / name / f"{arm}_{seed}")
             problems |= {f"{arm}: {line}": None for line in validate.check(config)}
