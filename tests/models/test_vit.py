@@ -11,6 +11,7 @@ from vidjoint.models.build import PRESETS, Model, build, count_parameters
 from vidjoint.models.macs import macs
 from vidjoint.models.mixers import MIXERS
 from vidjoint.models.spec import AMFlowSpec, DividedSpec, TemporalEncoderSpec, TokenShiftSpec, ViTSpec
+from vidjoint.optim import join, split_frozen
 
 AM_FLOW = AMFlowSpec(bottleneck=12, encoder_width=12, encoder_mlp=16, encoder_heads=2, tpu="tcn", tpu_width=12)
 TINY = ViTSpec(width=24, depth=2, heads=3, mlp_dim=48, patch=8, frames=4, image_size=24, am_flow=AM_FLOW)
@@ -150,6 +151,19 @@ def test_remat_changes_nothing_but_memory(mixer, remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, again)
     jaxpr = str(jax.make_jaxpr(jax.grad(lambda p: loss(p, tiny(mixer=mixer, remat=remat))))(params))
     assert "checkpoint" in jaxpr or "remat" in jaxpr
+
+
+@pytest.mark.parametrize("remat", ["block", "dots"])
+@pytest.mark.parametrize(("mixer", "frozen"), [("am_flow", ("embed/.*", r"blocks/\d+/(norm1|attn|norm2|mlp)/.*")), ("divided", ("blocks/0/.*",))])
+def test_remat_with_frozen_parts_gives_the_same_gradients(mixer, frozen, remat):
+    """Blocks of which other parts are frozen, or whose inputs no gradient is asked for, are traced once for all."""
+    trained, rest = split_frozen(random_params(tiny(mixer=mixer, depth=3)), frozen)
+
+    def gradient(**settings):
+        model = tiny(mixer=mixer, depth=3, **settings)
+        return jax.jit(jax.grad(lambda p: sum((x**2).sum() for x in model.logits(join(p, rest), clip(4)).values())))(trained)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradient(), gradient(remat=remat))
 
 
 def test_remat_dots_keeps_what_dense_layers_make():

@@ -51,16 +51,20 @@ def _pointwise_convolution(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _product_forward(x, kernel):
-    """Keeps only what the gradients that are asked for need: of a frozen layer, the kernel."""
-    out = x.value.reshape(-1, x.value.shape[-1]) @ kernel.value
-    return out.reshape(*x.value.shape[:-1], -1), (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
+    """Keeps only what the gradients that are asked for need: of a frozen layer, the kernel.
+
+    A scalar stands for the other, not None: blocks that `jax.checkpoint` traces once share what JAX remembers of this tree, whichever of their
+    parts are frozen.
+    """
+    out, none = x.value.reshape(-1, x.value.shape[-1]) @ kernel.value, jnp.zeros(())
+    return out.reshape(*x.value.shape[:-1], -1), (x.value if kernel.perturbed else none, kernel.value if x.perturbed else none)
 
 
 def _product_backward(saved, grad):
     x, kernel = saved
     rows = grad.reshape(-1, grad.shape[-1])
-    to_x = None if kernel is None else jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ()))).reshape(*grad.shape[:-1], -1)
-    to_kernel = None if x is None else jax.lax.dot_general(x.reshape(-1, x.shape[-1]), rows, (((0,), (0,)), ((), ())))
+    to_x = None if kernel.ndim == 0 else jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ()))).reshape(*grad.shape[:-1], -1)
+    to_kernel = None if x.ndim == 0 else jax.lax.dot_general(x.reshape(-1, x.shape[-1]), rows, (((0,), (0,)), ((), ())))
     return to_x, to_kernel
 
 
