@@ -261,6 +261,21 @@ def test_parts_come_from_other_weights(tmp_path):
         plan(open_weights(tmp_path / "a"), fresh, spec, LABELS, parts=[("pool/.*", open_weights(tmp_path / "a"))])
 
 
+def test_what_no_part_gives_need_not_fit(tmp_path):
+    """A misfit is told where the parameter is wanted, and not where other weights take its place."""
+    old = write_run(tmp_path / "a", model_config(embed="separate", tubelet=4, mlp_dim=20), seed=1)
+    other = write_run(tmp_path / "b", model_config(embed="separate", tubelet=2), seed=3)
+    config = model_config(embed="separate", tubelet=2, mlp_dim=20)
+    fresh, spec = draw(config, LABELS, 99), build(config.model, {}).spec
+    a, b = (open_weights(tmp_path / name) for name in "ab")
+    found = flat(plan(a, fresh, spec, LABELS, parts=[("embed/video_.*", b)]).apply(fresh))
+    assert_same(found, other, VIDEO)
+    assert_same(found, old, [name for name in old if name not in VIDEO])
+    for pattern in ("embed/position", "embed/video_position|blocks/.*"):  # the first weights' video embedding, and the others' blocks, do not fit
+        with pytest.raises(UserError, match=r"of a model of another size|embed/video_proj/kernel is"):
+            plan(a, fresh, spec, LABELS, parts=[(pattern, b)])
+
+
 def test_separate_embeddings_are_taken_over_stretched_and_left(tmp_path):
     old = write_run(tmp_path, model_config(embed="separate"))
     found, fresh, lines = load(tmp_path, model_config(embed="separate", image_size=40))

@@ -2,8 +2,9 @@
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import filterfalse
 
 import numpy as np
 from flax import traverse_util
@@ -77,6 +78,7 @@ def plan(
     allow: tuple[str, ...] = (),
     heads: str = "matching",
     parts: Sequence[tuple[str, Pretrained]] = (),
+    spare: Callable[[str], bool] = lambda name: False,
 ) -> Plan:
     """Says what a new model takes over.
 
@@ -94,13 +96,16 @@ def plan(
       allow: regular expressions: parameters that may be new or unused though nothing explains it.
       heads: matching, or new: no head is taken over.
       parts: regular expression, other weights: what a new model would take over of those replaces the parameters whose names match.
+      spare: which parameters are left out if they differ in shape, as another plan gives them.
 
     Raises:
       UserError: parameters differ in shape, or are new or unused without a reason; lists every one that is. Or a part has nothing that matches.
     """
     if parts:
-        base = plan(weights, new, spec, labels, (*allow, *(pattern for pattern, _ in parts)), heads)
-        return functools.reduce(_with_part, [(pattern, plan(other, new, spec, labels, (".*",), heads)) for pattern, other in parts], base)
+        patterns = [re.compile(pattern) for pattern, _ in parts]
+        base = plan(weights, new, spec, labels, (*allow, *patterns), heads, spare=lambda name: any(pattern.fullmatch(name) for pattern in patterns))
+        others = [plan(other, new, spec, labels, (".*",), heads, spare=lambda name, own=own: not re.fullmatch(own, name)) for own, other in parts]
+        return functools.reduce(_with_part, zip((pattern for pattern, _ in parts), others, strict=True), base)
     new, old, old_spec, start = flat(new), weights.params, spec_from_config(weights.config.model), f"init_from={weights.source}"
     found: Found = {name: ("loaded", value) for name, value in old.items() if name in new and not name.startswith("heads/")}
     found |= _heads(weights, new, labels) if heads == "matching" else {}
@@ -109,6 +114,7 @@ def plan(
     found |= _copied(found, spec, new)
 
     misfits = {name for name, (_, value) in found.items() if value.shape != new[name].shape}
+    found, misfits = {name: taken for name, taken in found.items() if name not in misfits or not spare(name)}, set(filterfalse(spare, misfits))
     sizes = ("width", "depth", "heads", "mlp_dim", "patch")
     problems = []
     if old_spec.heads != spec.heads or (misfits and any(getattr(spec, key) != getattr(old_spec, key) for key in sizes)):  # no shape shows the heads
