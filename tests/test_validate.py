@@ -64,7 +64,10 @@ MISTAKES = {
     "a model of width 1920000 and depth 12 has 5e+14 parameters": dict(model__width=1_920_000),
     "tasks.clips: a clip has 8 frames of 800000 x 800000 pixels, 1 views of it": dict(tasks__clips__image_size=(800_000, 800_000)),
     "tasks.clips: a batch would have more than 4096 GiB of pixels": dict(schedule="uniform", tasks__clips__batch_size=10**9),
-    "tasks.clips: 64 examples with 100000 views each have more than 64 GiB of pixels: lower eval.views": dict(eval__views="1x100000"),
+    "tasks.clips: 64 examples with 100000 views each have more than 64 GiB of pixels: lower eval.views or eval.batch_size": dict(
+        eval__views="1x100000"
+    ),
+    "tasks.clips: randaugment_magnitude=99.0 must be at most 10": dict(tasks__clips__randaugment_magnitude=99.0),
     "the warm-up (10 steps) is not shorter than the run (10 steps)": dict(optim__warmup_steps=10),
     "batch_size=0 must be above 0": dict(batch_size=0),
     "batch_size=1 is below the number of clip shapes, 2": dict(batch_size=1),

@@ -183,8 +183,8 @@ def _check_sizes(config: ConfigDict) -> list[str]:
         elif math.prod(shape) * max(config.batch_size, config.eval.batch_size, config.tasks[name].batch_size) > MOST_BATCH:
             problems.append(f"tasks.{name}: a batch would have more than {MOST_BATCH >> 30} GiB of pixels: lower batch_size")
         elif math.prod(shape) * views_of * (config.eval.batch_size or config.batch_size) > MOST_VIEWS:
-            examples, most = config.eval.batch_size or config.batch_size, MOST_VIEWS >> 30
-            problems.append(f"tasks.{name}: {examples} examples with {views_of} views each have more than {most} GiB of pixels: lower eval.views")
+            asked = f"{config.eval.batch_size or config.batch_size} examples with {views_of} views each"
+            problems.append(f"tasks.{name}: {asked} have more than {MOST_VIEWS >> 30} GiB of pixels: lower eval.views or eval.batch_size")
     for key, most in (("total_steps", 10**9), ("data.threads", 10**4), ("data.workers", 10**4), ("data.prefetch", 10**4)):
         if _get(config, key) > most:
             problems.append(f"{key}={_get(config, key)} is more than {most}: lower it")
@@ -304,6 +304,8 @@ def _check_task(config: ConfigDict, name: str, trains: bool) -> list[str]:
     fixed = (config.model.mixer, flow.flow, flow.encoder_input) == ("am_flow", "aligned", "tokens")
     if fixed and task.media == "video" and (height, width) != (config.model.image_size,) * 2:
         problems.append(f"model.am_flow.encoder_input=tokens is for inputs of model.image_size alone, not {height} x {width}: set it to scalar")
+    if task.randaugment_magnitude > 10:
+        problems.append(f"randaugment_magnitude={task.randaugment_magnitude} must be at most 10")
     if not 0 <= task.erase <= 1:
         problems.append(f"erase={task.erase} must be a probability, 0 to 1")
     if not 0 < task.short_side[0] <= task.short_side[1]:
