@@ -24,6 +24,7 @@ LAYERS = (
         "vidjoint.weights.__main__",
     ),
     ("vidjoint.replay",),
+    ("vidjoint.speed.attention",),
     ("vidjoint.speed.training", "vidjoint.speed.decoding", "vidjoint.speed.against_peer"),
     ("vidjoint.speed.topology",),
     ("vidjoint.machine.cpu",),
