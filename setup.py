@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["vidjoint", "vidjoint.*"]),
     install_requires=[
-        # Tested: jax 0.10.2 with flax 0.12.8 on Python 3.11, jax 0.11.2 with flax 0.12.12 on Python 3.12.
+        # Tested: jax 0.10.2 with flax 0.12.8 on Python 3.11, jax 0.11.2 with flax 0.12.12 on Python 3.12 and 3.13.
         "jax>=0.10.2,<0.12",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
@@ -56,5 +56,5 @@ setup(
         "gpu": ["jax[cuda12]"],  # with CUDA's libraries; for CUDA 13 install jax[cuda13] in its place
         "tpu": ["jax[tpu]"],
     },
-    classifiers=["Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12"],
+    classifiers=["Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12", "Programming Language :: Python :: 3.13"],
 )

@@ -41,12 +41,14 @@ status() {
 }
 
 run() { # one try after another; ends with the status of the last
-  local child status=0 again asked=false signalled
-  # a signal goes on to the run, which saves and ends
-  trap 'asked=true signalled=true; kill -TERM "$child" 2>/dev/null || true' TERM INT
+  local child='' status=0 again asked=false signalled early=false
+  # a signal goes on to the run, which saves and ends; one that comes before the run's number is known, as soon as it is
+  trap 'asked=true signalled=true; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; else early=true; fi' TERM INT
   for ((try = 1; ; try++)); do
+    child=''
     "$python" -m vidjoint.main "$@" &
     child=$!
+    ! $early || kill -TERM "$child"
     while true; do # a signal ends the waiting, not the run
       again=0 signalled=false
       wait "$child" || again=$?

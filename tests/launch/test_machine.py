@@ -75,10 +75,14 @@ def test_in_the_background(clone):
     assert len(clone.calls) == 1
 
 
-def test_a_signal_lets_the_run_save(clone):
-    """Ctrl-C and SIGTERM in the foreground: passed on, and the script has the run's status."""
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_signal_lets_the_run_save(clone, slow):
+    """Ctrl-C and SIGTERM in the foreground: passed on, and the script has the run's status. So is one that comes before the run's number is known."""
     clone.add("mypython", SAVES)
     environment = clone.environment(PYTHON=str(clone.folder / "mypython"))
+    if slow:
+        (clone.folder / "slow.sh").write_text("set -T; trap '[ \"$BASH_COMMAND\" != \"child=\\$!\" ] || sleep 1' DEBUG\n")
+        environment["BASH_ENV"] = str(clone.folder / "slow.sh")
     for number in (signal.SIGTERM, signal.SIGINT):
         run = subprocess.Popen([clone.folder / "launch" / "machine.sh", "run", "--config=x.py"], env=environment, stdout=subprocess.PIPE)
         assert run.stdout.readline() == b"step 1\n"
