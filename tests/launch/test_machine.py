@@ -81,7 +81,7 @@ def test_a_signal_lets_the_run_save(clone, slow):
     clone.add("mypython", SAVES)
     environment = clone.environment(PYTHON=str(clone.folder / "mypython"))
     if slow:
-        (clone.folder / "slow.sh").write_text("set -T; trap '[ \"$BASH_COMMAND\" != \"child=\\$!\" ] || sleep 1' DEBUG\n")
+        (clone.folder / "slow.sh").write_text('set -T; trap \'[ "$BASH_COMMAND" != "child=\\$!" ] || sleep 1\' DEBUG\n')
         environment["BASH_ENV"] = str(clone.folder / "slow.sh")
     for number in (signal.SIGTERM, signal.SIGINT):
         run = subprocess.Popen([clone.folder / "launch" / "machine.sh", "run", "--config=x.py"], env=environment, stdout=subprocess.PIPE)
