@@ -249,7 +249,7 @@ def test_decoding(videos, experiment, tmp_path, capsys, monkeypatch):
 
 def test_mistakes_are_lines(experiment, tmp_path, capsys):
     for arguments, line in {
-        ("--what=speed,model",): "--what=speed: choose from model, memory, compile, step, data, decode",
+        ("--what=speed,model",): "--what=speed: choose from model, memory, compile, step, attention, data, decode",
         ("--what=",): "--what=",
         ("--steps=0",): "--steps",
         ("--gops=12,x",): "--gops=12,x",

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -194,8 +195,9 @@ def test_a_run_that_ends_early_ends_the_command(tmp_path, few_arms, monkeypatch,
         assert ended == expected and not shown and ("error: " in told) == (expected == 2)
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize(("ends", "status"), [("exit 75", 75), ("exit 0", 75), ("trap - TERM; kill $$", 75)])
-def test_sigterm_reaches_the_run_and_ends_the_command(ends, status, tmp_path, monkeypatch):
+def test_sigterm_reaches_the_run_and_ends_the_command(ends, status, early, tmp_path, monkeypatch):
     """In place of Python a program that waits for it, and ends as a run does: stopped, just done, or not yet ready to stop in order."""
     program = tmp_path / "program"
     program.write_text(f"#!/bin/sh\ntrap '{ends}' TERM\necho $$ > {tmp_path}/began\nwhile :; do sleep 0.05; done\n")
@@ -210,10 +212,15 @@ def test_sigterm_reaches_the_run_and_ends_the_command(ends, status, tmp_path, mo
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with ThreadPoolExecutor() as pool:
-        other = pool.submit(interrupt)
+    if early:  # before Popen returns
+        start = subprocess.Popen
+        monkeypatch.setattr(subprocess, "Popen", lambda *command, **options: (start(*command, **options), interrupt())[0])
         assert findings.train([]) == status
-        other.result()
+    else:
+        with ThreadPoolExecutor() as pool:
+            other = pool.submit(interrupt)
+            assert findings.train([]) == status
+            other.result()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 

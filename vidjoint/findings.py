@@ -184,20 +184,22 @@ def train(argv: list[str]) -> int:
 
     SIGTERM is passed on, Ctrl-C reaches it by itself: it saves and ends, and the status is that of a run that was stopped.
     """
-    asked = []
-    with subprocess.Popen([sys.executable, "-m", "vidjoint.main", *argv], stdout=STDERR) as process:
+    asked, process = [], None
 
-        def stop(number, frame):
-            asked.append(number)
-            if number == signal.SIGTERM:
-                process.terminate()
+    def stop(number, frame):
+        asked.append(number)
+        if number == signal.SIGTERM and process:
+            process.terminate()
 
-        old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            status = process.wait()
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        process = subprocess.Popen([sys.executable, "-m", "vidjoint.main", *argv], stdout=STDERR)
+        if signal.SIGTERM in asked:  # it came while the process was started
+            process.terminate()
+        status = process.wait()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
     return Stopped.exit_status if asked else status
 
 
