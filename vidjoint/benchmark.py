@@ -181,6 +181,8 @@ def as_rows(part: str, figures: dict) -> list[str]:
         for row in figures["rows"]:
             text = f"  GOP {row['gop']}, {row['frames']} frames, {row['size']}"
             rows.append((text, "".join(f"{row[f'{reader}_clips_per_s']:9.2f}" for reader in there)))
+    if part == "attention":
+        rows.append(("cuDNN's flash attention", "timed where it fits" if figures["cudnn"] else "not on this device: it takes an A100 or newer"))
     for row in figures["rows"] if part == "attention" else ():
         text = "{calls} x {sequences:,} sequences, {queries} of {keys} tokens, {heads} heads of {channels}".format(**row)
         rows.append((text, "ms forward, with gradients"))

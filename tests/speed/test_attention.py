@@ -48,5 +48,6 @@ def test_figures(gpu, monkeypatch):
     assert [("cudnn_forward_ms" in row, "cudnn_train_ms" in row) for row in figures["rows"]] == [(there, there) for there in both]
     assert (figures["rows"][0]["xla_forward_ms"], figures["rows"][0]["xla_train_ms"]) == (1000.0, 2000.0)
     lines = as_rows("attention", figures)
-    assert lines[1].split() == "2 x 8 sequences, 5 of 5 tokens, 2 heads of 8 ms forward, with gradients".split()
-    assert lines[2].split() == ["xla", "1000.000", "2000.000"] and sum("cudnn" in line for line in lines) == sum(both)
+    assert lines[1].endswith("timed where it fits" if gpu else "not on this device: it takes an A100 or newer")
+    assert lines[2].split() == "2 x 8 sequences, 5 of 5 tokens, 2 heads of 8 ms forward, with gradients".split()
+    assert lines[3].split() == ["xla", "1000.000", "2000.000"] and sum("  cudnn " in line for line in lines) == sum(both)

@@ -3,7 +3,7 @@
 The maps are made anew from queries and keys, for the model itself never holds them: `record` listens to its attentions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import jax
@@ -79,14 +79,20 @@ def record(model: Model, params: dict, pixels: jax.Array) -> dict:
 
     {"blocks": for each block its maps in order of use, float32[.., H, Q, K], "pool": those of the pool, see `_pool_maps`}.
     """
-    vit = model.bind(params)
-    grid = pixels.shape[1] // model.spec.patch, pixels.shape[2] // model.spec.patch
-    x, blocks = vit.embed(pixels[None]), []
+    vit, blocks = model.bind(params), []
+    for _, calls, x in walk(vit, pixels):
+        blocks.append([(name, softmax_map(q, k, mask)[0]) for name, q, k, mask in calls])
+        tokens = x
+    return {"blocks": blocks, "pool": _pool_maps(vit, tokens)}
+
+
+def walk(vit: ViT, pixels: jax.Array) -> Iterator[tuple[Block, list[tuple], jax.Array]]:
+    """Takes one clip, uint8[T, H, W, 3], through the blocks: each block, what it asks (`listen`), and tokens float[1, T, N, D] after it."""
+    x, grid = vit.embed(pixels[None]), (pixels.shape[1] // vit.spec.patch, pixels.shape[2] // vit.spec.patch)
     for block in vit.blocks:
         calls = listen(block)
         x, _ = block(x, None, grid)
-        blocks.append([(name, softmax_map(q, k, mask)[0]) for name, q, k, mask in calls])
-    return {"blocks": blocks, "pool": _pool_maps(vit, x)}
+        yield block, calls, x
 
 
 def listen(block: Block) -> list[tuple]:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from vidjoint.maps.attention import listen
+from vidjoint.maps.attention import walk
 from vidjoint.models.build import Model
 from vidjoint.models.mixers.am_flow import KEYS, vanilla_flow
 
@@ -16,12 +16,9 @@ def am_flow(model: Model, params: dict, pixels: jax.Array) -> dict[int, jax.Arra
     Args:
       pixels: uint8[T, H, W, 3].
     """
-    vit = model.bind(params)
     rows, columns = pixels.shape[1] // model.spec.patch, pixels.shape[2] // model.spec.patch
-    x, flows = vit.embed(pixels[None]), {}
-    for number, block in enumerate(vit.blocks):
-        calls = listen(block)
-        x, _ = block(x, None, (rows, columns))
+    flows = {}
+    for number, (block, calls, _) in enumerate(walk(model.bind(params), pixels)):
         ((_, q, k, _),) = calls
         if block.mixer.numbers:
             patches = block.mixer.flow(q, k)[0, :, model.spec.prefix :].mean(axis=-1)
@@ -34,12 +31,9 @@ def flow_of_heads(model: Model, params: dict, pixels: jax.Array, frame: int) -> 
 
     For any model whose attention is frame by frame, whether it uses AM flow or not.
     """
-    vit = model.bind(params)
     grid = pixels.shape[1] // model.spec.patch, pixels.shape[2] // model.spec.patch
-    x, flows = vit.embed(pixels[None]), []
-    for block in vit.blocks:
-        calls = listen(block)
-        x, _ = block(x, None, grid)
+    flows = []
+    for _, calls, _ in walk(model.bind(params), pixels):
         q, k = next((q, k) for name, q, k, _ in calls if name == "attn")
         q, k = (jnp.moveaxis(z[0, frame : frame + 2, model.spec.prefix :], 2, 1) for z in (q, k))  # [2, H, N, d]
         flow = vanilla_flow(q, k, q.shape[-1] ** -0.5, KEYS)[0]  # [H, N]

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from vidjoint.maps.attention import listen
 from vidjoint.models.build import Model
-from vidjoint.models.layers import dot_product_attention, flash_fits, has_flash
+from vidjoint.models.layers import ATTENTIONS, dot_product_attention, flash_fits, has_flash
 from vidjoint.speed.training import largest_view, on_paper, seconds_per_call
 
 Shape = tuple[int, int, int, int, int]  # sequences, queries, keys, heads, channels of a head
@@ -25,7 +25,7 @@ def measure_attention(config: ConfigDict) -> dict:
     examples = max(1, config.batch_size // jax.device_count())
     shapes = attention_shapes(model, jax.ShapeDtypeStruct((examples, *view.shape[1:]), np.uint8))
     ordered = sorted(shapes.items(), key=lambda item: item[0][1], reverse=True)
-    return {"examples": examples, "rows": [_times(shape, count, model.spec.dtype) for shape, count in ordered]}
+    return {"examples": examples, "cudnn": has_flash(), "rows": [_times(shape, count, model.spec.dtype) for shape, count in ordered]}
 
 
 def attention_shapes(model: Model, pixels: jax.ShapeDtypeStruct) -> Counter[Shape]:
@@ -50,7 +50,7 @@ def _times(shape: Shape, count: int, dtype: str) -> dict:
     sizes = ((sequences, size, heads, channels) for size in (queries, keys, keys, queries))
     *arrays, weight = (jax.random.normal(jax.random.key(i), size).astype(dtype) for i, size in enumerate(sizes))
     row = {"sequences": sequences, "queries": queries, "keys": keys, "heads": heads, "channels": channels, "calls": count}
-    for how in ("xla", "cudnn") if flash_fits(*arrays[:2]) and has_flash() else ("xla",):
+    for how in ATTENTIONS if flash_fits(*arrays[:2]) and has_flash() else ATTENTIONS[:1]:
         forward, both = _calls(how, weight)
         row[f"{how}_forward_ms"] = 1000 * seconds_per_call(lambda call=forward: call(*arrays))
         row[f"{how}_train_ms"] = 1000 * seconds_per_call(lambda call=both: call(*arrays))
